@@ -1,0 +1,159 @@
+"""The fused operators that passes lower to, as `torch.library` ops: fake, autograd and reference.
+
+- `rewrite::decode(stored, layout)`              the dense weight behind stored tensors; traced through
+- `rewrite::adapted_linear(x, weight, ...)`      base + low-rank branches + bias + dequantisation, one op
+
+`adapted_linear` follows autocast and hands over to `adapted_linear_core`, which is opaque to AOTAutograd: it
+accumulates each branch into the output of the base product in place, and never saves a weight that it decoded.
+The bodies here are the references that Inductor calls; kernels stand in `rewrite.codegen.kernels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from rewrite.codegen.storage import layout as parse_layout
+from rewrite.errors import RewriteError
+
+Tensor = torch.Tensor
+_lib = torch.library.Library("rewrite", "DEF")
+
+_BRANCHES = "Tensor[] h, Tensor[] B, float[] scale, SymInt[] start"
+_lib.define("decode(Tensor[] stored, str layout) -> Tensor")
+_lib.define(f"adapted_linear(Tensor x, Tensor[] weight, str layout, Tensor? bias, {_BRANCHES}) -> Tensor")
+_lib.define(
+    f"adapted_linear_core(Tensor x, Tensor[] weight, str layout, Tensor? bias, {_BRANCHES}) -> Tensor"
+)
+_lib.define("linear_input_gradient(Tensor dy, Tensor[] weight, str layout) -> Tensor")
+
+
+def decode(stored: Sequence[Tensor], layout: str) -> Tensor:
+    """The dense weight, (d_out, d_in), behind stored tensors of `layout`."""
+    return parse_layout(layout).decode(*stored)
+
+
+def adapted_linear(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    layout: str,
+    bias: Tensor | None,
+    h: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scale: Sequence[float],
+    start: Sequence[int],
+) -> Tensor:
+    """`y = x W' + b`, then `y[..., start : start + len(B)] += scale * h B'` for every branch.
+
+    x (..., d_in); W = decode(weight, layout) (d_out, d_in), frozen; bias (d_out,) or None; per branch
+    h (..., r), B (rows, r), its scale, and the output row where it starts.  Returns (..., d_out).
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, h, B = _cast(x, dtype), [_cast(t, dtype) for t in h], [_cast(t, dtype) for t in B]
+        weight = [_cast(t, dtype) for t in weight] if layout == "dense" else weight
+        bias = None if bias is None else _cast(bias, dtype)
+    else:
+        B = [t if t.dtype == x.dtype else t.to(x.dtype) for t in B]
+    return torch.ops.rewrite.adapted_linear_core(x, weight, layout, bias, h, B, scale, start)
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    # As autocast does: floating point, but not float64.
+    return t.to(dtype) if t.is_floating_point() and t.dtype not in (dtype, torch.float64) else t
+
+
+def _core(x, weight, layout, bias, h, B, scale, start):
+    w = decode(weight, layout).to(x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    y = torch.mm(rows, w.t()) if bias is None else torch.addmm(bias, rows, w.t())
+    for hi, Bi, si, at in zip(h, B, scale, start, strict=True):
+        part = y if Bi.shape[0] == y.shape[1] else y[:, at : at + Bi.shape[0]]
+        part.addmm_(hi.reshape(-1, hi.shape[-1]), Bi.t(), alpha=si)
+    return y.view(*x.shape[:-1], w.shape[0])
+
+
+def _rows(weight: Sequence[Tensor], layout: str) -> int:
+    return weight[0].shape[0] if layout == "dense" else parse_layout(layout).shape[0]  # type: ignore[attr-defined]
+
+
+def _core_fake(x, weight, layout, bias, h, B, scale, start):
+    return x.new_empty(*x.shape[:-1], _rows(weight, layout))
+
+
+def _core_setup(ctx, inputs, output):
+    x, weight, layout, bias, h, B, scale, start = inputs
+    if any(w.requires_grad for w in weight):
+        raise RewriteError(
+            "adapted_linear has no gradient for its weight: the fuse pass must leave such a layer"
+        )
+    ctx.save_for_backward(*weight, *h, *B)
+    ctx.sizes = len(weight), len(h)
+    ctx.layout, ctx.scale, ctx.start = layout, scale, start
+
+
+def _core_backward(ctx, dy):
+    weights, branches = ctx.sizes
+    saved = ctx.saved_tensors
+    weight, h, B = saved[:weights], saved[weights : weights + branches], saved[weights + branches :]
+    need_x, _, _, need_bias, need_h, need_B, *_ = ctx.needs_input_grad
+    dx = _input_gradient(dy, weight, ctx.layout) if need_x else None
+    dbias = dy.flatten(0, -2).sum(0) if need_bias else None
+    dh, dB = [], []
+    for hi, Bi, si, at in zip(h, B, ctx.scale, ctx.start, strict=True):
+        part = dy if Bi.shape[0] == dy.shape[-1] else dy[..., at : at + Bi.shape[0]]
+        # Both gradients fold the scale into their smallest operand.
+        dh.append(torch.matmul(part, Bi if si == 1.0 else Bi * si) if any(_flat(need_h)) else None)
+        scaled = hi if si == 1.0 else hi * si
+        dB.append(part.flatten(0, -2).t() @ scaled.flatten(0, -2) if any(_flat(need_B)) else None)
+    rest = None if branches else []  # autograd takes an empty list of numbers for one of tensors
+    return dx, [None] * weights, None, dbias, dh, dB, rest, rest
+
+
+def _flat(needs: object) -> list[bool]:
+    return list(needs) if isinstance(needs, (list, tuple)) else [bool(needs)]
+
+
+def _input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> Tensor:
+    if layout == "dense":  # an ordinary product: Inductor may fuse around it
+        return torch.matmul(dy, weight[0])
+    return torch.ops.rewrite.linear_input_gradient(dy, weight, layout)
+
+
+def _input_gradient_core(dy, weight, layout):
+    w = decode(weight, layout).to(dy.dtype)
+    return torch.mm(dy.reshape(-1, dy.shape[-1]), w).view(*dy.shape[:-1], w.shape[1])
+
+
+def _input_gradient_fake(dy, weight, layout):
+    return dy.new_empty(*dy.shape[:-1], parse_layout(layout).shape[1])  # type: ignore[attr-defined]
+
+
+_lib.impl("decode", decode, "CompositeImplicitAutograd")
+_lib.impl("adapted_linear", adapted_linear, "CompositeImplicitAutograd")
+_lib.impl("adapted_linear_core", _core, "CompositeExplicitAutograd")
+_lib.impl("linear_input_gradient", _input_gradient_core, "CompositeExplicitAutograd")
+torch.library.register_fake("rewrite::adapted_linear_core", _core_fake, lib=_lib)
+torch.library.register_fake("rewrite::linear_input_gradient", _input_gradient_fake, lib=_lib)
+torch.library.register_autograd(
+    "rewrite::adapted_linear_core", _core_backward, setup_context=_core_setup, lib=_lib
+)
+
+
+@register_flop_formula(torch.ops.rewrite.adapted_linear_core)
+def _core_flops(x, weight, layout, bias, h, B, scale, start, *, out_shape=None, **_) -> int:
+    tokens, rows = 1, out_shape[-1] if out_shape else 0
+    for size in x[:-1]:
+        tokens *= size
+    return 2 * tokens * (x[-1] * rows + sum(hi[-1] * Bi[0] for hi, Bi in zip(h, B, strict=True)))
+
+
+@register_flop_formula(torch.ops.rewrite.linear_input_gradient)
+def _input_gradient_flops(dy, weight, layout, *, out_shape=None, **_) -> int:
+    tokens = 1
+    for size in dy[:-1]:
+        tokens *= size
+    return 2 * tokens * dy[-1] * (out_shape[-1] if out_shape else 0)

@@ -1,0 +1,92 @@
+"""Counting on partitioned graphs: bytes saved for backward, by storage, and floating-point operations.
+
+Works on fake values alone, at any size, without a device.  Symbolic sizes count at their hints.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import is_symbolic
+from torch.utils.flop_counter import flop_registry
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One storage kept from the forward for the backward."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+    site: str
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a node's result shares the storage of its first argument."""
+    if node.target is operator.getitem:
+        source = node.args[0]
+        return isinstance(source, fx.Node) and is_view(source)
+    returns = getattr(getattr(node.target, "_schema", None), "returns", ())
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def base(node: fx.Node) -> fx.Node:
+    """The node that allocated the storage behind a chain of views."""
+    while node.op == "call_function" and is_view(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def saved_for_backward(forward: fx.GraphModule, outputs: int) -> list[Saved]:
+    """What a partitioned forward keeps for its backward beyond its first `outputs` results.
+
+    Parameters and inputs are not counted: they live anyway.  Storages that are results are not either.
+    """
+    results = next(n for n in reversed(forward.graph.nodes) if n.op == "output").args[0]
+    given = {base(n) for n in results[:outputs] if isinstance(n, fx.Node)}
+    kept: dict[fx.Node, Saved] = {}
+    for node in results[outputs:]:
+        if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val"), torch.Tensor):
+            continue
+        owner = base(node)
+        if owner.op == "placeholder" or owner in given or owner in kept:
+            continue
+        value = owner.meta.get("val")
+        value = value if isinstance(value, torch.Tensor) else node.meta["val"]
+        shape = tuple(hint(s) for s in value.shape)
+        count = torch.Size(shape).numel() * value.dtype.itemsize
+        dtype = str(value.dtype).removeprefix("torch.")
+        kept[owner] = Saved(owner.name, shape, dtype, count, str(owner.meta.get("site", "")))
+    return list(kept.values())
+
+
+def hint(size: Any) -> int:
+    """A size as a number: symbolic sizes at the value they were traced with."""
+    if isinstance(size, torch.SymInt) and is_symbolic(size):
+        return int(size.node.hint) if size.node.hint is not None else 1
+    return int(size)
+
+
+def flops(graph: fx.Graph) -> int:
+    """Floating-point operations of the products in a graph (2 per multiply-add), by PyTorch's own formulas."""
+    total = 0
+    for node in graph.nodes:
+        packet = getattr(node.target, "_overloadpacket", node.target)
+        formula = flop_registry.get(packet)
+        if node.op != "call_function" or formula is None:
+            continue
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _sized(n.meta.get("val")))
+        total += int(formula(*args, **kwargs, out_val=_sized(node.meta.get("val"))))
+    return total
+
+
+def _sized(value: Any) -> Any:
+    # The formulas read shapes only; an empty tensor of hinted sizes costs nothing on the meta device.
+    if isinstance(value, torch.Tensor):
+        return torch.empty([hint(s) for s in value.shape], dtype=value.dtype, device="meta")
+    return hint(value) if isinstance(value, torch.SymInt) else value

@@ -1,0 +1,35 @@
+"""The operators that rules speak of: one name for every spelling in Dynamo's and in exported graphs."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+import torch.nn.functional as F
+
+import rewrite.codegen.ops  # noqa: F401  (defines torch.ops.rewrite)
+from rewrite.passes.pattern import Op
+
+aten = torch.ops.aten
+
+linear = Op("linear", ("input", "weight", "bias"), F.linear, torch._C._nn.linear, aten.linear.default)
+addmm = Op("addmm", ("input", "mat1", "mat2"), torch.addmm, aten.addmm.default)
+add = Op(
+    "add",
+    ("input", "other"),
+    operator.add,
+    operator.iadd,
+    torch.add,
+    aten.add.Tensor,
+    methods=("add", "add_"),
+)
+mul = Op("mul", ("input", "other"), operator.mul, torch.mul, aten.mul.Tensor, methods=("mul",))
+pad = Op("pad", ("input", "pad", "mode", "value"), F.pad, torch._C._nn.pad, aten.pad.default)
+transpose = Op("t", ("input",), torch.t, aten.t.default, methods=("t",))
+decode = Op("decode", ("stored", "layout"), torch.ops.rewrite.decode, torch.ops.rewrite.decode.default)
+adapted_linear = Op(
+    "adapted_linear",
+    ("x", "weight", "layout", "bias", "h", "B", "scale", "start"),
+    torch.ops.rewrite.adapted_linear,
+    torch.ops.rewrite.adapted_linear.default,
+)

@@ -1,0 +1,61 @@
+"""The partitioner: pins what is static, cuts the joint graph by min-cut, and counts what the cut keeps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import fx
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
+
+from rewrite.passes import counting, pin_static
+from rewrite.passes.record import GraphRecord
+
+
+class Partitioner(CustomPartitionerFn):
+    """`pin_static`, then PyTorch's min-cut partition; fills `record.counts` with what it found."""
+
+    def __init__(self, record: GraphRecord) -> None:
+        self.record = record
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        begin = time.perf_counter()
+        static = kwargs.get("static_lifetime_input_indices") or []
+        frozen, trained = _parameters(gm.graph, static, int(kwargs["num_fwd_outputs"]))
+        done = pin_static.pin_static(gm.graph, frozen, trained)
+        done.seconds = time.perf_counter() - begin
+        self.record.passes.append(done)
+        kwargs.setdefault("compiler", "inductor")
+        forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+        self._count(gm, forward, backward, int(kwargs["num_fwd_outputs"]))
+        return forward, backward
+
+    def _count(
+        self, joint: fx.GraphModule, forward: fx.GraphModule, backward: fx.GraphModule, outputs: int
+    ) -> None:
+        saved = counting.saved_for_backward(forward, outputs)
+        self.record.counts = {
+            "saved": [asdict(s) for s in saved],
+            "saved_bytes": sum(s.bytes for s in saved),
+            "forward_flops": counting.flops(forward.graph),
+            "backward_flops": counting.flops(backward.graph),
+        }
+
+    def uuid(self) -> Any:
+        """Identifies this partitioner in Inductor's caches: the files that decide what it does."""
+        return get_hash_for_files((__file__, pin_static.__file__, counting.__file__))
+
+
+def _parameters(graph: fx.Graph, static: Sequence[int], outputs: int) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The parameter inputs of a joint graph, as (frozen, trained): trained ones have a gradient output."""
+    inputs = [n for n in graph.nodes if n.op == "placeholder" and "tangents" not in str(n.target)]
+    results = next(n for n in reversed(graph.nodes) if n.op == "output").args[0]
+    gradients = results[outputs:]  # one per input, None where there is none
+    values = {i: inputs[i] for i in static if i < len(inputs)}
+    trained = [n for i, n in values.items() if i < len(gradients) and gradients[i] is not None]
+    return [n for n in values.values() if n not in trained], trained

@@ -1,0 +1,66 @@
+"""pin_static: on the joint graph, what depends on parameters alone is recomputed in the backward, never saved.
+
+Without it the min-cut partitioner saves every dequantised or cast weight of a frozen base, because it bans
+recomputing what a backward product reads.  Of what depends on *trained* parameters, only data movement (casts,
+views, concatenations) is pinned: it is cheap, where a norm of a weight may not be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from rewrite.passes.counting import is_view
+from rewrite.passes.record import Edit, PassRecord
+
+aten = torch.ops.aten
+_MOVES = {aten._to_copy.default, aten.cat.default, aten.clone.default, aten.contiguous.default}
+_EQUATION = "save(f(frozen weights))  ->  recompute f(frozen weights) in the backward"
+
+
+def pin_static(graph: fx.Graph, frozen: Collection[fx.Node], trained: Collection[fx.Node]) -> PassRecord:
+    """Tag MUST_RECOMPUTE on everything that depends only on the frozen (and cheaply on the trained) inputs."""
+    record = PassRecord("pin_static")
+    fixed, moved = set(frozen), set(frozen) | set(trained)
+    for node in graph.nodes:
+        needs = node.all_input_nodes
+        if node.op != "call_function" or not needs or _random(node):
+            continue
+        if fixed.issuperset(needs):
+            fixed.add(node)
+        elif not (moved.issuperset(needs) and (node.target in _MOVES or is_view(node))):
+            continue
+        moved.add(node)
+        _pin(node)
+        if not any(user in fixed for user in node.users):
+            record.edits.append(_edit(node))
+    return record
+
+
+def _pin(node: fx.Node) -> None:
+    node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+    # The partitioner reads tags only where a region id stands beside them.
+    node.meta.setdefault("ac_graph_id", 0)
+
+
+def _random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _edit(node: fx.Node) -> Edit:
+    value = node.meta.get("val")
+    shape = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+    text = f"{node.name} = {str(node.target).removeprefix('aten.').removesuffix('.default')}  # {shape}"
+    site = str(node.meta.get("site") or _module(node))
+    return Edit(
+        "pin_static", site, _EQUATION, "passes/pin_static.py", (f"save {text}",), (f"recompute {text}",)
+    )
+
+
+def _module(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    paths = [str(path) for path, _ in stack.values()]
+    return paths[-1].partition("].")[2] if paths else ""

@@ -1,0 +1,92 @@
+"""The pipeline: one tuple of passes, read top-down, and the runner that applies it.
+
+After each pass, once, here: lint, verify, and (with `REWRITE_DUMP=dir`) the graph as a readable program.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+from torch import fx
+
+from rewrite.errors import RewriteError
+from rewrite.passes.batch import batch
+from rewrite.passes.canonical import CANONICAL
+from rewrite.passes.dump import dump, program
+from rewrite.passes.fuse import FUSE
+from rewrite.passes.insert import insert, is_typed
+from rewrite.passes.operators import add, decode
+from rewrite.passes.record import GraphRecord, PassRecord
+from rewrite.passes.rule import Rule, apply_rule
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A named sequence of rules, each applied in one walk.
+
+    A pass may assume a graph that `verify` accepts and must leave one.
+    """
+
+    name: str
+    rules: tuple[Rule, ...]
+
+
+PIPELINE = (
+    Pass("insert", (insert,)),
+    Pass("canonical", CANONICAL),
+    Pass("batch", (batch,)),
+    Pass("fuse", FUSE),
+)
+
+
+def run(gm: fx.GraphModule, record: GraphRecord, pipeline: tuple[Pass, ...] = PIPELINE) -> GraphRecord:
+    """Apply the pipeline to a graph in place; every node must carry `meta["example_value"]`.
+
+    Returns `record` with one `PassRecord` per pass, the programs before and after, and notes on fallbacks.
+    """
+    record.nodes_before, record.before = len(gm.graph.nodes), program(gm.graph, "captured")
+    dump(record, 0, "captured", record.before)
+    text = record.before
+    for number, step in enumerate(pipeline, 1):
+        done = PassRecord(step.name)
+        begin = time.perf_counter()
+        for rule in step.rules:
+            apply_rule(gm.graph, rule, done, record)
+        done.seconds = time.perf_counter() - begin
+        gm.graph.lint()
+        verify(gm.graph, step)
+        record.passes.append(done)
+        heading = f"after {step.name}: {len(done.edits)} edits, {done.seconds * 1e3:.1f} ms"
+        log.info("%s, %s", record.title, heading)
+        if done.edits:
+            text = program(gm.graph, heading)
+            log.debug("%s", text)
+        dump(record, number, step.name, text)
+    gm.recompile()
+    _note_unfused(gm.graph, record)
+    record.nodes_after, record.after = len(gm.graph.nodes), text
+    return record
+
+
+def verify(graph: fx.Graph, step: Pass) -> None:
+    """What every pass must leave: new nodes that know their value, no typed node once `insert` has run."""
+    for node in graph.nodes:
+        if "rule" in node.meta and "example_value" not in node.meta:
+            raise RewriteError(f"pass {step.name} left {node.name} without a shape; please report this graph")
+        if is_typed(node):
+            raise RewriteError(f"pass {step.name} left the typed node {node.name} at {node.meta.get('site')}")
+
+
+def _note_unfused(graph: fx.Graph, record: GraphRecord) -> None:
+    """What was inserted and is still there runs as plain operators: say so, once per site."""
+    told = {n.site for n in record.notes}
+    for node in graph.nodes:
+        place = str(node.meta.get("site", ""))
+        left = add.arguments(node) or decode.arguments(node)
+        if node.meta.get("rule") == "insert" and left and node.users and place not in told:
+            record.note(place, "not fused: no pattern for its layer or its formula; plain operators instead")
+            told.add(place)

@@ -1,0 +1,27 @@
+"""rewrite: a PEFT compiler for PyTorch.  One string says what to adapt and how.
+
+model = rewrite.compile(model, spec="lora(r=8)@attn.q,v + nf4(base)")
+"""
+
+from rewrite.api import attach, compile, load, methods, parse, plan, save
+from rewrite.errors import Error, ResolveError, RewriteError, SpecError
+from rewrite.runtime.attach import remove
+from rewrite.runtime.merge import merge
+from rewrite.version import __version__
+
+__all__ = [
+    "Error",
+    "ResolveError",
+    "RewriteError",
+    "SpecError",
+    "__version__",
+    "attach",
+    "compile",
+    "load",
+    "merge",
+    "methods",
+    "parse",
+    "plan",
+    "remove",
+    "save",
+]

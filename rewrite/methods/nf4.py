@@ -1,0 +1,40 @@
+"""NF4: the frozen weight in 4 bits.  Codes, absmax and decoded values are those of bitsandbytes, to the bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rewrite.codegen import nf4, storage
+from rewrite.method import Method, Tensor, arg
+from rewrite.sites import Site
+
+
+@dataclass(frozen=True)
+class Nf4(Method):
+    """W  ->  decode(nf4 codes, absmax per block)  (Dettmers et al. 2023)"""
+
+    block: int = arg(64, low=32, high=4096, help="weights per absmax, a power of two")
+    double_quant: bool = arg(
+        False, help="quantise the absmax values too: 0.516 instead of 0.563 bytes a weight"
+    )
+
+    name = "nf4"
+    positional_sites = True
+    default_sites = "base"
+    paper = "https://arxiv.org/abs/2305.14314"
+
+    def check(self) -> str | None:
+        """Why these arguments do not go together, or None."""
+        return (
+            None if self.block & (self.block - 1) == 0 else f"block must be a power of two, got {self.block}"
+        )
+
+    def encode(self, W: Tensor) -> tuple[Tensor, ...]:
+        codes, absmax = nf4.quantize(W, self.block)
+        if not self.double_quant:
+            return codes, absmax
+        codes2, nested, offset = nf4.quantize_absmax(absmax)
+        return codes, codes2, nested, nf4.dynamic_map().to(absmax.device), offset
+
+    def layout(self, site: Site) -> storage.Nf4:
+        return storage.Nf4((site.out_features, site.in_features), site.dtype, self.block)

@@ -1,0 +1,292 @@
+"""The syntax tree of a spec, and its one canonical spelling.
+
+Every node is frozen and remembers which characters of the source it came from; spans and the source take no
+part in equality, so `parse(str(spec)) == spec`.  This module does not read text (`rewrite.parser`), knows no
+method (`rewrite.bind`) and no model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, TypeAlias
+
+ROLES = (
+    *("linear", "conv", "norm", "embed", "head", "base", "block", "blocks", "router"),
+    *("attn", "attn.q", "attn.k", "attn.v", "attn.o", "attn.qkv"),
+    *("cross", "cross.q", "cross.k", "cross.v", "cross.o"),
+    *("ffn", "ffn.up", "ffn.gate", "ffn.down"),
+)
+STACKS = ("enc", "dec")
+CONSTANTS = {"true": True, "True": True, "false": False, "False": False, "none": None, "None": None}
+ESCAPES = {"\\": "\\", '"': '"', "'": "'", "n": "\n", "t": "\t"}
+
+_PLAIN_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def known_role(word: str) -> bool:
+    """Whether `word` belongs to the site vocabulary, alone or inside one stack of an encoder-decoder model.
+
+    >>> known_role("attn.q"), known_role("enc.attn.q"), known_role("q")
+    (True, True, False)
+    """
+    stack, _, rest = word.partition(".")
+    return word in (*ROLES, *STACKS) or (stack in STACKS and rest in ROLES)
+
+
+def inherit(before: str, word: str) -> str:
+    """The full name of a site word written right after the site word `before`.
+
+    A word without a dot takes the prefix of a dotted word before it, unless only the bare word is known.
+
+    >>> inherit("attn.q", "v"), inherit("enc.attn.q", "v"), inherit("attn.q", "head"), inherit("linear", "v")
+    ('attn.v', 'enc.attn.v', 'head', 'v')
+    """
+    prefix, dot, _ = before.rpartition(".")
+    full = f"{prefix}.{word}"
+    if not dot or "." in word or (known_role(word) and not known_role(full)):
+        return word
+    return full
+
+
+class Span(NamedTuple):
+    """Characters `start:stop` of the source."""
+
+    start: int
+    stop: int
+
+
+NOWHERE = Span(0, 0)
+
+
+@dataclass(frozen=True)
+class Null:
+    """The value `none`."""
+
+    span: Span = field(default=NOWHERE, compare=False)
+
+    def __str__(self) -> str:
+        return "none"
+
+
+@dataclass(frozen=True)
+class Bool:
+    """The value `true` or `false`."""
+
+    value: bool
+    span: Span = field(default=NOWHERE, compare=False)
+
+    def __str__(self) -> str:
+        return "true" if self.value else "false"
+
+
+@dataclass(frozen=True)
+class Int:
+    """A whole number of at most 64 bits."""
+
+    value: int
+    span: Span = field(default=NOWHERE, compare=False)
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+@dataclass(frozen=True)
+class Float:
+    """A finite number, written by the shortest digits that give it back."""
+
+    value: float
+    span: Span = field(default=NOWHERE, compare=False)
+
+    def __str__(self) -> str:
+        return repr(self.value)
+
+
+@dataclass(frozen=True)
+class Str:
+    """A quoted string."""
+
+    value: str
+    span: Span = field(default=NOWHERE, compare=False)
+
+    def __str__(self) -> str:
+        return quoted(self.value)
+
+
+@dataclass(frozen=True)
+class Name:
+    """A bare word as a value (`scale=rs`)."""
+
+    value: str
+    span: Span = field(default=NOWHERE, compare=False)
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Tuple:
+    """Values in parentheses."""
+
+    items: tuple[Value, ...]
+    span: Span = field(default=NOWHERE, compare=False)
+
+    def __str__(self) -> str:
+        inside = ", ".join(map(str, self.items))
+        return f"({inside},)" if len(self.items) == 1 else f"({inside})"
+
+
+@dataclass(frozen=True)
+class Keyword:
+    """`name=value` inside a call; the span covers the name, the value has its own."""
+
+    name: str
+    value: Value
+    span: Span = field(default=NOWHERE, compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.value}"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A name with arguments: a method, or a value that takes arguments of its own (`init=pissa(niter=4)`)."""
+
+    name: str
+    args: tuple[Value, ...] = ()
+    kwargs: tuple[Keyword, ...] = ()
+    span: Span = field(default=NOWHERE, compare=False)
+
+    @property
+    def name_span(self) -> Span:
+        """The characters of the name alone."""
+        return Span(self.span.start, self.span.start + len(self.name))
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(map(str, (*self.args, *self.kwargs)))})"
+
+
+Value: TypeAlias = Null | Bool | Int | Float | Str | Name | Tuple | Call
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A layer selector: a list of layer numbers, or (`indices is None`) a slice."""
+
+    indices: tuple[int, ...] | None = None
+    start: int | None = None
+    stop: int | None = None
+    step: int | None = None
+    span: Span = field(default=NOWHERE, compare=False)
+
+    def select(self, count: int) -> list[int]:
+        """The layers that are meant, of `count`: Python's slice and negative-index rules, each layer once.
+
+        Raises `IndexError` for a single number out of range; a slice is cut to the range, as in Python.
+
+        >>> Layers(start=-4).select(12), Layers(indices=(0, -1)).select(12)
+        ([8, 9, 10, 11], [0, 11])
+        """
+        if self.indices is None:
+            return list(range(count)[slice(self.start, self.stop, self.step)])
+        for index in self.indices:
+            if not -count <= index < count:
+                raise IndexError(f"layer {index} is out of range: there are {count} layers")
+        return list(dict.fromkeys(index % count for index in self.indices))
+
+    def __str__(self) -> str:
+        if self.indices is not None:
+            return f"[{','.join(map(str, self.indices))}]"
+        start, stop, step = ("" if n is None else str(n) for n in (self.start, self.stop, self.step))
+        return f"[{start}:{stop}{':' + step if step else ''}]"
+
+
+@dataclass(frozen=True)
+class Term:
+    """One site: a role word, a glob or a regex, with its layers; `minus` removes it from the terms before."""
+
+    kind: Literal["role", "glob", "regex"]
+    text: str
+    layers: Layers | None = None
+    minus: bool = False
+    span: Span = field(default=NOWHERE, compare=False)
+
+    def __str__(self) -> str:
+        return self.written("")
+
+    def written(self, before: str) -> str:
+        """The term without its minus, as short as it may be right after the site word `before`."""
+        layers = "" if self.layers is None else str(self.layers)
+        if self.kind == "glob":
+            return quoted(self.text) + layers
+        if self.kind == "regex":
+            return "/" + self.text.replace("/", "\\/") + "/" + layers
+        short = self.text.rpartition(".")[2]
+        plain = _PLAIN_WORD.fullmatch(short) is not None and short not in CONSTANTS
+        return (short if plain and inherit(before, short) == self.text else self.text) + layers
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Terms read left to right: each adds its sites, or with `minus` removes them from everything so far."""
+
+    terms: tuple[Term, ...]
+    span: Span = field(default=NOWHERE, compare=False)
+
+    def written(self, comma: str) -> str:
+        """The terms with `comma` between them, `attn.q,v` for `attn.q,attn.v`."""
+        text, before = "", ""
+        for number, term in enumerate(self.terms):
+            joint = "-" if term.minus else comma if number else ""
+            text += joint + term.written(before)
+            before = term.text if term.kind == "role" else ""
+        return text
+
+    def __str__(self) -> str:
+        return self.written(",")
+
+
+@dataclass(frozen=True)
+class Clause:
+    """One method and where it goes; `positional`: the sites were written in the parentheses."""
+
+    call: Call
+    sites: Selector | None = None
+    positional: bool = False
+    label: str | None = None
+    approximate: bool = False
+    span: Span = field(default=NOWHERE, compare=False)
+
+    def __str__(self) -> str:
+        inside = [str(value) for value in self.call.args]
+        if self.sites is not None and self.positional:
+            inside.append(self.sites.written(", "))
+        inside += map(str, self.call.kwargs)
+        head = (f"{self.label}: " if self.label is not None else "") + ("~" if self.approximate else "")
+        tail = f"@{self.sites}" if self.sites is not None and not self.positional else ""
+        return f"{head}{self.call.name}{'(' + ', '.join(inside) + ')' if inside else ''}{tail}"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A parsed spec: its clauses in the order written, and the text they came from."""
+
+    clauses: tuple[Clause, ...]
+    source: str = field(default="", compare=False)
+
+    def __str__(self) -> str:
+        return " + ".join(map(str, self.clauses))
+
+    def __iter__(self) -> Iterator[Clause]:
+        return iter(self.clauses)
+
+
+def quoted(text: str) -> str:
+    """`text` in double quotes, with the escapes that the parser reads.
+
+    >>> print(quoted('say "hi"'))
+    "say \\"hi\\""
+    """
+    letters = {value: f"\\{letter}" for letter, value in ESCAPES.items() if letter != "'"}
+    return '"' + "".join(letters.get(c, c) for c in text) + '"'

@@ -1,0 +1,3 @@
+"""The version of rewrite, stated once: packaging and `rewrite --version` both read it here."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,84 @@
+"""The modules that hold a graft's tensors on the user's model, and the one hook that calls them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from rewrite.runtime import fallback
+from rewrite.runtime.graft import Graft
+
+ADAPTERS = "adapters"
+"""Name of the child module of an adapted layer that holds its adapters: `q_proj.adapters.lora.A`."""
+
+
+class Adapter(nn.Module):
+    """The tensors of one `output` or `weight` graft: parameters where they train, buffers where not."""
+
+    def __init__(self, graft: Graft, device: torch.device) -> None:
+        super().__init__()
+        self.graft, self.op = graft, graft.op
+        for name, slot in graft.slots.items():
+            value = torch.empty(slot.shape, dtype=slot.dtype, device=device)
+            if slot.trainable:
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The graft's tensors by slot name, in the order in which its op takes them."""
+        return {name: getattr(self, name) for name in self.graft.slots}
+
+    def extra_repr(self) -> str:
+        return self.graft.label
+
+
+class Branch(Adapter):
+    """An adapter on a module's output."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        assert self.op is not None
+        return self.op(x, y, *self.tensors().values(), training=self.training)
+
+
+class Reparametrisation(Adapter):
+    """An adapter on a module's weight, registered with `torch.nn.utils.parametrize`."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        assert self.op is not None
+        return self.op(weight, *self.tensors().values())
+
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight
+
+
+class Stored(nn.Module):
+    """A storage format of a weight, registered with `torch.nn.utils.parametrize`: stored tensors -> weight."""
+
+    def __init__(self, graft: Graft) -> None:
+        super().__init__()
+        self.graft, self.op = graft, graft.op
+
+    def forward(self, *stored: torch.Tensor) -> torch.Tensor:
+        assert self.op is not None
+        weight = self.op(*stored)
+        return weight.t() if self.graft.transposed else weight
+
+    def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        assert self.graft.encode is not None
+        return self.graft.encode(weight.t().contiguous() if self.graft.transposed else weight)
+
+    def extra_repr(self) -> str:
+        return self.graft.label
+
+
+def call_adapters(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of every adapted module: runs its adapters on (input, output), in order."""
+    if not torch.compiler.is_compiling():
+        fallback.ran_eagerly()
+    x = args[0] if args else next(iter(kwargs.values()))
+    for adapter in getattr(module, ADAPTERS).values():
+        output = adapter(x, output)
+    return output

@@ -1,0 +1,241 @@
+"""Puts grafts on a model with PyTorch's own mechanisms, and takes them off again, bit for bit.
+
+`output` grafts are child modules called by one forward hook; `weight` and `storage` grafts are parametrisations.
+Nothing here compiles.  A failed attach leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from tqdm import tqdm
+
+from rewrite.errors import RewriteError
+from rewrite.runtime import captures, huggingface
+from rewrite.runtime.adapter import ADAPTERS, Adapter, Branch, Reparametrisation, Stored, call_adapters
+from rewrite.runtime.fallback import Calls
+from rewrite.runtime.graft import Graft
+from rewrite.runtime.originals import Originals
+
+_STATE = "_rewrite"
+Tensor = torch.Tensor
+
+
+@dataclass
+class Attachment:
+    """What is attached to a model: kept on the model itself, copied with it, gone after merge and remove."""
+
+    spec: str
+    grafts: tuple[Graft, ...]
+    sites: tuple[Mapping[str, Any], ...] = ()  # the plan as rows, for files and tables
+    requires_grad: dict[str, bool] = field(default_factory=dict)  # as it was before
+    originals: Originals = field(default_factory=Originals)
+    calls: Calls = field(default_factory=Calls)
+    backend: str | None = None  # None until compiled
+    notes: tuple[str, ...] = ()
+
+
+def attachment(model: nn.Module) -> Attachment | None:
+    """What is attached to `model`, or None."""
+    return model.__dict__.get(_STATE)
+
+
+def require(model: nn.Module) -> Attachment:
+    """What is attached to `model`; raises `RewriteError` when nothing is."""
+    state = attachment(model)
+    if state is None:
+        raise RewriteError(
+            f"nothing is attached to this {type(model).__name__}: call rewrite.attach or compile first"
+        )
+    return state
+
+
+def attach(
+    model: nn.Module,
+    grafts: Sequence[Graft],
+    *,
+    spec: str,
+    sites: Sequence[Mapping[str, Any]] = (),
+    notes: Sequence[str] = (),
+    values: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Attach `grafts` to `model` in place and freeze everything else.
+
+    `values` (by name, as `adapter_state` gives them) replace the initialisers, for loading.
+    """
+    if attachment(model) is not None:
+        raise RewriteError("this model is adapted already: rewrite.remove or rewrite.merge it first")
+    state = Attachment(spec, tuple(grafts), tuple(sites), notes=tuple(notes))
+    state.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.__dict__[_STATE] = state
+    try:
+        model.requires_grad_(False)
+        # Storage goes last: initialisers want the weight as it was.
+        for graft in tqdm(sorted(grafts, key=_order), desc="attach", delay=2, leave=False):
+            _ATTACH[graft.where](model, model.get_submodule(graft.path), graft, values, state)
+        huggingface.adopt(model)
+    except BaseException:
+        remove(model)
+        raise
+    return model
+
+
+def _order(graft: Graft) -> int:
+    return ("output", "weight", "train", "storage").index(graft.where)
+
+
+def _attach_output(model, module: nn.Module, graft: Graft, values, state: Attachment) -> None:
+    adapter = _filled(Branch, module, graft, values)
+    if ADAPTERS not in module._modules:
+        if hasattr(module, ADAPTERS):
+            raise RewriteError(f"{graft.path} has an attribute {ADAPTERS!r} of its own: cannot attach there")
+        module.add_module(ADAPTERS, nn.ModuleDict())
+        module.register_forward_hook(call_adapters, with_kwargs=True)
+    adapters: Any = module._modules[ADAPTERS]
+    adapters[graft.name] = adapter
+
+
+def _attach_weight(model, module: nn.Module, graft: Graft, values, state: Attachment) -> None:
+    _keep(module, graft, state)
+    adapter = _filled(Reparametrisation, module, graft, values)
+    parametrize.register_parametrization(module, graft.tensor, adapter, unsafe=True)
+
+
+def _attach_storage(model, module: nn.Module, graft: Graft, values, state: Attachment) -> None:
+    _keep(module, graft, state)
+    parametrize.register_parametrization(module, graft.tensor, Stored(graft), unsafe=True)
+
+
+def _attach_train(model, module: nn.Module, graft: Graft, values, state: Attachment) -> None:
+    for name in graft.slots:
+        parameter = module.get_parameter(name)
+        state.originals.keep(f"{graft.path}.{name}", parameter)
+        parameter.requires_grad_(True)
+        key = _key(graft.path, name)
+        if values is not None and key in values:
+            with torch.no_grad():
+                parameter.copy_(values[key])
+
+
+_ATTACH: dict[str, Callable[..., None]] = {
+    "output": _attach_output,
+    "weight": _attach_weight,
+    "storage": _attach_storage,
+    "train": _attach_train,
+}
+
+
+def _keep(module: nn.Module, graft: Graft, state: Attachment) -> None:
+    key = f"{graft.path}.{graft.tensor}"
+    weight = getattr(module, graft.tensor)
+    if key not in state.originals and weight.device.type != "meta":
+        state.originals.keep(key, weight)
+
+
+def _filled(kind: type[Adapter], module: nn.Module, graft: Graft, values: Mapping[str, Tensor] | None) -> Any:
+    """A new adapter on the module's device with its initial values, or those of a checkpoint."""
+    weight = getattr(module, graft.tensor)
+    adapter = kind(graft, weight.device)
+    adapter.train(module.training)
+    if weight.device.type == "meta":
+        return adapter
+    prefix = f"{graft.path}.{ADAPTERS}.{graft.name}."
+    with torch.no_grad():
+        if values is not None:
+            start = {slot: values[prefix + slot] for slot in graft.slots}
+        elif graft.initialise is not None:
+            start = graft.initialise(graft.view(weight.detach()))
+        else:
+            start = {}
+        for slot, value in start.items():
+            getattr(adapter, slot).copy_(value)
+    return adapter
+
+
+def _key(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def adapted_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module, list[Adapter]]]:
+    """(path, module, adapters) of every module that holds adapters on its output."""
+    for path, module in model.named_modules():
+        if isinstance(held := module._modules.get(ADAPTERS), nn.ModuleDict):
+            yield path, module, [a for a in held.values() if isinstance(a, Adapter)]
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """Everything that an adapter checkpoint holds, by name: adapter tensors and trained base tensors.
+
+    Names do not depend on how a graft takes hold: `<module>.adapters.<graft>.<slot>`, `<module>.<tensor>`.
+    """
+    state, found = require(model), {}
+    for graft in state.grafts:
+        module = model.get_submodule(graft.path)
+        if graft.where == "train":
+            found |= {_key(graft.path, name): module.get_parameter(name) for name in graft.slots}
+        elif graft.where != "storage":
+            prefix = f"{graft.path}.{ADAPTERS}.{graft.name}."
+            found |= {prefix + slot: value for slot, value in adapter_of(module, graft).tensors().items()}
+    return {name: value.detach() for name, value in found.items()}
+
+
+def adapter_of(module: nn.Module, graft: Graft) -> Adapter:
+    """The adapter module that holds the tensors of an `output` or `weight` graft."""
+    held: Any
+    if graft.where == "output":
+        held = module._modules[ADAPTERS]
+        return held[graft.name]
+    held = module._modules["parametrizations"]
+    return next(p for p in held[graft.tensor] if isinstance(p, Adapter) and p.graft is graft)
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Take everything of ours off `model`, in place: base tensors and `requires_grad` as they were, bit for bit."""
+    state = require(model)
+    for graft in state.grafts:
+        _restore(model.get_submodule(graft.path), graft, state)
+    return strip(model)
+
+
+def _restore(module: nn.Module, graft: Graft, state: Attachment) -> None:
+    if graft.where in ("weight", "storage") and parametrize.is_parametrized(module, graft.tensor):
+        key = f"{graft.path}.{graft.tensor}"
+        device = next(module.parameters()).device
+        if key not in state.originals:
+            raise RewriteError(
+                f"the original of {key} was not kept: it was on the meta device when it was attached"
+            )
+        parametrize.remove_parametrizations(module, graft.tensor, leave_parametrized=True)
+        setattr(module, graft.tensor, nn.Parameter(state.originals.restore(key).to(device)))
+    for name in graft.slots if graft.where == "train" else ():
+        if (key := f"{graft.path}.{name}") in state.originals:
+            with torch.no_grad():
+                module.get_parameter(name).copy_(state.originals.restore(key))
+
+
+def strip(model: nn.Module) -> nn.Module:
+    """Remove adapters, hooks and marks without touching base tensors; restores `requires_grad`."""
+    state = require(model)
+    captures.forget(model)
+    for _, module, _ in list(adapted_modules(model)):
+        delattr(module, ADAPTERS)
+        for key in [k for k, hook in module._forward_hooks.items() if hook is call_adapters]:
+            del module._forward_hooks[key]
+            module._forward_hooks_with_kwargs.pop(key, None)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(state.requires_grad.get(name, False))
+        parameter.grad = None if not parameter.requires_grad else parameter.grad
+    huggingface.release(model)
+    del model.__dict__[_STATE]
+    if isinstance(model._compiled_call_impl, CompiledCallBase):
+        model._compiled_call_impl = None
+    return model
+
+
+class CompiledCallBase:
+    """Marks a compiled call as ours, so that `strip` takes it off."""

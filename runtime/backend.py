@@ -1,0 +1,87 @@
+"""The `torch.compile` backend: copy the graph, run the pipeline, hand over to Inductor (or run it as it is).
+
+`torch.compile(model, backend="rewrite")` finds it by entry point; a graph without adapters goes to Inductor
+untouched.  `options={"backend": "eager" | "aot_eager" | "inductor"}` chooses what runs the rewritten graph.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+
+from rewrite.errors import RewriteError
+from rewrite.passes import pipeline
+from rewrite.passes.partition import Partitioner
+from rewrite.passes.record import GraphRecord
+from rewrite.runtime import capture, captures
+
+BACKENDS = ("inductor", "aot_eager", "eager")
+_numbers = itertools.count()
+
+
+def rewrite_backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile one captured graph.
+
+    `mode` is Inductor's (`"reduce-overhead"`, ...); `options` are Inductor's, plus `backend`.
+    """
+    settings = dict(options or {})
+    engine = check_backend(settings.pop("backend", "inductor"))
+    record = GraphRecord(title=f"graph_{next(_numbers)}")
+    if capture.has_adapters(gm):
+        captures.remember(record, capture.adapter_tensors(gm))
+        gm = capture.copy_graph(gm)
+        pipeline.run(gm, record)
+    if engine == "eager":
+        return gm.forward
+    if engine == "aot_eager":
+        return _aot_eager(gm, example_inputs, record)
+    return _inductor(gm, example_inputs, record, mode, settings)
+
+
+def check_backend(name: str) -> str:
+    """`name` if it is one of `BACKENDS`; raises `RewriteError` with the choices otherwise."""
+    if name not in BACKENDS:
+        raise RewriteError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
+    return name
+
+
+def _aot_eager(gm: fx.GraphModule, inputs: Sequence[Any], record: GraphRecord) -> Callable[..., Any]:
+    from torch._dynamo.backends.debugging import boxed_nop
+
+    compiler = aot_autograd(
+        fw_compiler=boxed_nop,
+        bw_compiler=boxed_nop,
+        partition_fn=Partitioner(record),
+        keep_inference_input_mutations=True,
+    )
+    return compiler(gm, inputs)
+
+
+def _inductor(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    record: GraphRecord,
+    mode: str | None,
+    options: dict[str, Any],
+) -> Callable[..., Any]:
+    # Imported here: Inductor takes a second to load, and `import rewrite` should not.
+    import torch._inductor as inductor
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = dict(inductor.list_mode_options(mode)) if mode and mode != "default" else {}
+    patches |= options
+    if record.passes:
+        patches["custom_partitioner_fn"] = Partitioner(record)
+    with torch._inductor.config.patch(patches):
+        return compile_fx(gm, inputs)  # type: ignore[arg-type]

@@ -1,0 +1,49 @@
+"""Compiled calls of a model: `model(...)` goes through Dynamo under settings of our own, nothing else does."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import nn
+
+from rewrite.runtime.attach import CompiledCallBase, require
+from rewrite.runtime.backend import check_backend, rewrite_backend
+
+_RECOMPILES = 64  # a normal session uses the default of 8: two lengths, two batch sizes, eval, switches
+_DEFAULT_RECOMPILES = 8
+_LOGGING = {getattr(logging.Logger, name) for name in ("warning", "info", "debug")}
+
+
+class CompiledCall(CompiledCallBase):
+    """Calls a model through `torch.compile(backend="rewrite")`; a copy of the model is not compiled."""
+
+    def __init__(self, model: nn.Module, backend: str, dynamic: bool | None) -> None:
+        self.model = model
+        self.call = torch.compile(
+            model._call_impl, backend=rewrite_backend, dynamic=dynamic, options={"backend": backend}
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(_settings()), require(self.model).calls.counting():
+            return self.call(*args, **kwargs)
+
+
+def _settings() -> dict[str, Any]:
+    """Dynamo's settings for our calls: logging in a forward does not break graphs; more recompiles."""
+    config = torch._dynamo.config
+    once = {fn} if (fn := getattr(logging.Logger, "warning_once", None)) else set()
+    found: dict[str, Any] = {"ignore_logging_functions": config.ignore_logging_functions | _LOGGING | once}
+    if config.recompile_limit == _DEFAULT_RECOMPILES:  # a limit that the user chose stays
+        found["recompile_limit"] = _RECOMPILES
+    return found
+
+
+def compile_model(model: nn.Module, backend: str, dynamic: bool | None) -> nn.Module:
+    """Compile an attached model in place: it stays an instance of its class, `model.forward` stays eager."""
+    state = require(model)
+    state.backend = check_backend(backend)
+    model._compiled_call_impl = CompiledCall(model, backend, dynamic)
+    return model

@@ -1,0 +1,65 @@
+"""Grafts: all that the runtime knows about an adaptation of a model.
+
+A graft says where (a module path and how it takes hold there), with which typed function, and with which
+tensors.  Specs, methods and sites stay above; a graft carries closures that they made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from rewrite.codegen.delta import Delta
+
+Tensor = torch.Tensor
+Where = Literal["output", "weight", "storage", "train"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of a graft: shape, dtype, and whether it trains."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trainable: bool = True
+
+
+@dataclass(frozen=True)
+class Graft:
+    """One adaptation of one module.
+
+    where      `output`: `op(x, y, *tensors, training=)` changes the module's output;
+               `weight`: `op(W, *tensors)` reparameterises `tensor`;
+               `storage`: `op(*stored)` decodes `tensor`, `encode(W)` made the stored tensors;
+               `train`: the base tensors named in `tensors` are trained, nothing is added.
+    initialise `W (d_out, d_in) -> {slot: value}`, called once; W is the weight of the site, rows only.
+    delta      `tensors -> Delta`, for merging an `output` graft; `merge(W, tensors) -> W'` for the others.
+    rows       output rows that the graft touches, None for all of them.
+    transposed the module stores its weight as (d_in, d_out) (GPT-2's `Conv1D`).
+    """
+
+    path: str
+    name: str
+    where: Where
+    op: Callable[..., Any] | None = None
+    slots: Mapping[str, Slot] = field(default_factory=dict)
+    initialise: Callable[[Tensor], dict[str, Tensor]] | None = None
+    delta: Callable[..., Delta] | None = None
+    merge: Callable[..., Tensor] | None = None
+    encode: Callable[[Tensor], tuple[Tensor, ...]] | None = None
+    tensor: str = "weight"
+    shape: tuple[int, ...] = ()  # of that tensor, as the module stores it
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
+    label: str = ""  # how explain names it, e.g. "lora(r=8)"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Graft:
+        return self  # immutable; its closures are shared so that copies of a model share compiled code
+
+    def view(self, weight: Tensor) -> Tensor:
+        """The (d_out, d_in) rows that this graft touches, as a view of the module's tensor."""
+        weight = weight.t() if self.transposed else weight
+        return weight if self.rows is None else weight[self.rows[0] : self.rows[1]]
