@@ -133,9 +133,7 @@ def _read_header(state: Mapping[str, Tensor], name: str) -> _Header:
         )
     fields = _read_json(state, key)
     if fields.get("quant_type") != "nf4":
-        _fail(
-            key, f"quant_type is {fields.get('quant_type')!r}, not 'nf4'", "load the weight with bitsandbytes"
-        )
+        _fail(key, f"quant_type is {fields.get('quant_type')!r}, not 'nf4'", "load the weight with bitsandbytes")
     blocksize, dtype, shape = fields.get("blocksize"), fields.get("dtype"), fields.get("shape")
     if type(blocksize) is not int or blocksize not in BLOCKSIZES:
         _fail(key, f"blocksize is {blocksize!r}, not one of {', '.join(map(str, BLOCKSIZES))}", _RESAVE)
@@ -177,9 +175,7 @@ def _read_offset(state: Mapping[str, Tensor], name: str, key: str, fields: dict[
 def _read_codes(state: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
     codes = _tensor(state, name)
     if codes.dtype not in _STORAGES:
-        _fail(
-            name, f"is {codes.dtype}, not one of the storage dtypes {', '.join(map(str, _STORAGES))}", _RESAVE
-        )
+        _fail(name, f"is {codes.dtype}, not one of the storage dtypes {', '.join(map(str, _STORAGES))}", _RESAVE)
     size, wanted = codes.numel() * codes.element_size(), (math.prod(shape) + 1) // 2
     if size != wanted:
         _fail(name, f"holds {size} bytes, an NF4 weight of shape {list(shape)} has {wanted}", _RESAVE)
@@ -199,9 +195,7 @@ def _vector(state: Mapping[str, Tensor], key: str, dtype: torch.dtype, length: i
     tensor = _tensor(state, key)
     if tensor.dtype != dtype or list(tensor.shape) != [length]:
         todo = _RESAVE
-        if (
-            tensor.dtype == torch.bfloat16
-        ):  # bitsandbytes' CPU layout, which its own state_dict() undoes only in part
+        if tensor.dtype == torch.bfloat16:  # bitsandbytes' CPU layout, which its own state_dict() undoes only in part
             todo = "save from a bitsandbytes model that has not run on the CPU in eval mode, or " + _RESAVE
         _fail(key, f"is {tensor.dtype} {list(tensor.shape)}, expected {dtype} [{length}]", todo)
     if dtype.is_floating_point and tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):

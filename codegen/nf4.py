@@ -51,9 +51,7 @@ THRESHOLDS = tuple(_float32((low + high) / 2) for low, high in itertools.pairwis
 
 _PAIRS = [(high, low) for high in CODE for low in CODE]  # what each byte stands for, high nibble first
 _SMALLEST = 1e-38  # the divisor of an all-zero block
-_CHUNK = (
-    1 << 20
-)  # elements that are converted at a time: a few MB of temporaries, a multiple of every block size
+_CHUNK = 1 << 20  # elements that are converted at a time: a few MB of temporaries, a multiple of every block size
 _TABLES: dict[torch.device, Tensor] = {}
 
 
@@ -84,9 +82,7 @@ def quantize(weight: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor]:
     """
     _check_blocksize(blocksize)
     if not weight.dtype.is_floating_point:
-        raise RewriteError(
-            f"NF4 stores floating-point weights, this one is {weight.dtype}; leave it as it is"
-        )
+        raise RewriteError(f"NF4 stores floating-point weights, this one is {weight.dtype}; leave it as it is")
     flat = weight.detach().reshape(-1)
     numel, device = flat.numel(), flat.device
     codes = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=device)
@@ -99,9 +95,7 @@ def quantize(weight: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor]:
         absmax[start // blocksize : -(-stop // blocksize)] = absmax_chunk
         codes[start // 2 : (stop + 1) // 2] = _pack(nibbles)
     if _holds_data(absmax) and not bool(torch.isfinite(absmax).all()):
-        raise RewriteError(
-            "NF4 cannot store a weight that holds inf or nan; repair the weight, or exclude it"
-        )
+        raise RewriteError("NF4 cannot store a weight that holds inf or nan; repair the weight, or exclude it")
     return codes.unsqueeze(1), absmax
 
 
@@ -213,8 +207,7 @@ def _check_packed(codes: Tensor, absmax: Tensor, numel: int, blocksize: int) -> 
     _check_blocksize(blocksize)
     if codes.dtype != torch.uint8 or codes.numel() != (numel + 1) // 2:
         raise RewriteError(
-            f"{numel} NF4 weights are {(numel + 1) // 2} elements of uint8, "
-            f"these are {codes.numel()} of {codes.dtype}"
+            f"{numel} NF4 weights are {(numel + 1) // 2} elements of uint8, these are {codes.numel()} of {codes.dtype}"
         )
     if absmax.numel() != -(-numel // blocksize) or absmax.dim() != 1:
         raise RewriteError(
@@ -315,9 +308,7 @@ def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_code: Tensor,
             f"these are {codes.dtype} and have {nested_absmax.numel()}"
         )
     if nested_code.numel() != 256:
-        raise RewriteError(
-            f"the code book of doubly quantised scales has 256 values, not {nested_code.numel()}"
-        )
+        raise RewriteError(f"the code book of doubly quantised scales has 256 values, not {nested_code.numel()}")
     _check_precision(nested_absmax, nested_code, offset)
     blocks = nested_absmax.to(torch.float32).repeat_interleave(NESTED_BLOCKSIZE)[:count]
     return nested_code.to(torch.float32).index_select(0, codes.int()) * blocks + offset.to(torch.float32)

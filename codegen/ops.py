@@ -24,9 +24,7 @@ _lib = torch.library.Library("rewrite", "DEF")
 _BRANCHES = "Tensor[] h, Tensor[] B, float[] scale, SymInt[] start"
 _lib.define("decode(Tensor[] stored, str layout) -> Tensor")
 _lib.define(f"adapted_linear(Tensor x, Tensor[] weight, str layout, Tensor? bias, {_BRANCHES}) -> Tensor")
-_lib.define(
-    f"adapted_linear_core(Tensor x, Tensor[] weight, str layout, Tensor? bias, {_BRANCHES}) -> Tensor"
-)
+_lib.define(f"adapted_linear_core(Tensor x, Tensor[] weight, str layout, Tensor? bias, {_BRANCHES}) -> Tensor")
 _lib.define("linear_input_gradient(Tensor dy, Tensor[] weight, str layout) -> Tensor")
 
 
@@ -87,9 +85,7 @@ def _core_fake(x, weight, layout, bias, h, B, scale, start):
 def _core_setup(ctx, inputs, output):
     x, weight, layout, bias, h, B, scale, start = inputs
     if any(w.requires_grad for w in weight):
-        raise RewriteError(
-            "adapted_linear has no gradient for its weight: the fuse pass must leave such a layer"
-        )
+        raise RewriteError("adapted_linear has no gradient for its weight: the fuse pass must leave such a layer")
     ctx.save_for_backward(*weight, *h, *B)
     ctx.sizes = len(weight), len(h)
     ctx.layout, ctx.scale, ctx.start = layout, scale, start
@@ -138,9 +134,7 @@ _lib.impl("adapted_linear_core", _core, "CompositeExplicitAutograd")
 _lib.impl("linear_input_gradient", _input_gradient_core, "CompositeExplicitAutograd")
 torch.library.register_fake("rewrite::adapted_linear_core", _core_fake, lib=_lib)
 torch.library.register_fake("rewrite::linear_input_gradient", _input_gradient_fake, lib=_lib)
-torch.library.register_autograd(
-    "rewrite::adapted_linear_core", _core_backward, setup_context=_core_setup, lib=_lib
-)
+torch.library.register_autograd("rewrite::adapted_linear_core", _core_backward, setup_context=_core_setup, lib=_lib)
 
 
 @register_flop_formula(torch.ops.rewrite.adapted_linear_core)

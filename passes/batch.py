@@ -18,9 +18,7 @@ class Shrink(Pattern):
 
     inner = linear("x", "A")
 
-    def match(
-        self, node: Any, captures: Captures, matched: list[fx.Node], root: bool = False
-    ) -> Captures | None:
+    def match(self, node: Any, captures: Captures, matched: list[fx.Node], root: bool = False) -> Captures | None:
         if not isinstance(node, fx.Node) or node.meta.get("rule") != "insert":
             return None
         found = self.inner.match(node, captures, matched, root)

@@ -61,8 +61,15 @@ def saved_for_backward(forward: fx.GraphModule, outputs: int) -> list[Saved]:
         shape = tuple(hint(s) for s in value.shape)
         count = torch.Size(shape).numel() * value.dtype.itemsize
         dtype = str(value.dtype).removeprefix("torch.")
-        kept[owner] = Saved(owner.name, shape, dtype, count, str(owner.meta.get("site", "")))
+        kept[owner] = Saved(owner.name, shape, dtype, count, module_path(owner))
     return list(kept.values())
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the module that a node of a joint or partitioned graph came from, '' where unknown."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    paths = [str(path) for path, _ in stack.values()]
+    return paths[-1].partition("].")[2] if paths else ""
 
 
 def hint(size: Any) -> int:

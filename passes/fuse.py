@@ -15,9 +15,7 @@ from rewrite.passes.pattern import any_of
 from rewrite.passes.rule import rule
 
 expand = linear(any_of(mul("h", "s"), "h"), "B")
-base = any_of(
-    linear("x", "w", "b"), adapted_linear("x", "stored", "layout", "b", "hs", "Bs", "scales", "starts")
-)
+base = any_of(linear("x", "w", "b"), adapted_linear("x", "stored", "layout", "b", "hs", "Bs", "scales", "starts"))
 
 
 @rule(linear("x", decode("stored", "layout"), "b"))

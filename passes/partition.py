@@ -35,9 +35,7 @@ class Partitioner(CustomPartitionerFn):
         self._count(gm, forward, backward, int(kwargs["num_fwd_outputs"]))
         return forward, backward
 
-    def _count(
-        self, joint: fx.GraphModule, forward: fx.GraphModule, backward: fx.GraphModule, outputs: int
-    ) -> None:
+    def _count(self, joint: fx.GraphModule, forward: fx.GraphModule, backward: fx.GraphModule, outputs: int) -> None:
         saved = counting.saved_for_backward(forward, outputs)
         self.record.counts = {
             "saved": [asdict(s) for s in saved],

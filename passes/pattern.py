@@ -30,9 +30,7 @@ class Op:
     targets: frozenset[Any]
     methods: frozenset[str]
 
-    def __init__(
-        self, name: str, parameters: tuple[str, ...], *targets: Any, methods: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, name: str, parameters: tuple[str, ...], *targets: Any, methods: tuple[str, ...] = ()) -> None:
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "parameters", parameters)
         object.__setattr__(self, "targets", frozenset(targets))
@@ -62,9 +60,7 @@ class Op:
 class Pattern:
     """Something that a node either matches, with captures, or does not."""
 
-    def match(
-        self, node: Any, captures: Captures, matched: list[fx.Node], root: bool = False
-    ) -> Captures | None:
+    def match(self, node: Any, captures: Captures, matched: list[fx.Node], root: bool = False) -> Captures | None:
         """The captures extended by this match, or None; `matched` collects the nodes of the match."""
         raise NotImplementedError
 
@@ -80,9 +76,7 @@ class Call(Pattern):
     op: Op
     args: tuple[Any, ...]
 
-    def match(
-        self, node: Any, captures: Captures, matched: list[fx.Node], root: bool = False
-    ) -> Captures | None:
+    def match(self, node: Any, captures: Captures, matched: list[fx.Node], root: bool = False) -> Captures | None:
         values = self.op.arguments(node)
         if values is None or len(self.args) > len(values) or not (root or len(node.users) == 1):
             return None
@@ -109,9 +103,7 @@ class AnyOf(Pattern):
 
     alternatives: tuple[Any, ...]
 
-    def match(
-        self, node: Any, captures: Captures, matched: list[fx.Node], root: bool = False
-    ) -> Captures | None:
+    def match(self, node: Any, captures: Captures, matched: list[fx.Node], root: bool = False) -> Captures | None:
         for alternative in self.alternatives:
             trial: list[fx.Node] = []
             found = (
@@ -144,9 +136,7 @@ class Where(Pattern):
     holds: Callable[[fx.Node], bool]
     description: str
 
-    def match(
-        self, node: Any, captures: Captures, matched: list[fx.Node], root: bool = False
-    ) -> Captures | None:
+    def match(self, node: Any, captures: Captures, matched: list[fx.Node], root: bool = False) -> Captures | None:
         if not isinstance(node, fx.Node) or not self.holds(node):
             return None
         matched.append(node)

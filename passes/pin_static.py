@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from rewrite.passes.counting import is_view
+from rewrite.passes.counting import is_view, module_path
 from rewrite.passes.record import Edit, PassRecord
 
 aten = torch.ops.aten
@@ -54,13 +54,4 @@ def _edit(node: fx.Node) -> Edit:
     value = node.meta.get("val")
     shape = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
     text = f"{node.name} = {str(node.target).removeprefix('aten.').removesuffix('.default')}  # {shape}"
-    site = str(node.meta.get("site") or _module(node))
-    return Edit(
-        "pin_static", site, _EQUATION, "passes/pin_static.py", (f"save {text}",), (f"recompute {text}",)
-    )
-
-
-def _module(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
-    paths = [str(path) for path, _ in stack.values()]
-    return paths[-1].partition("].")[2] if paths else ""
+    return Edit("pin_static", module_path(node), _EQUATION, "passes/pin_static.py", (f"save {text}",), (f"recompute {text}",))

@@ -17,7 +17,7 @@ from rewrite.passes.canonical import CANONICAL
 from rewrite.passes.dump import dump, program
 from rewrite.passes.fuse import FUSE
 from rewrite.passes.insert import insert, is_typed
-from rewrite.passes.operators import add, decode
+from rewrite.passes.operators import add, decode, linear
 from rewrite.passes.record import GraphRecord, PassRecord
 from rewrite.passes.rule import Rule, apply_rule
 
@@ -86,7 +86,8 @@ def _note_unfused(graph: fx.Graph, record: GraphRecord) -> None:
     told = {n.site for n in record.notes}
     for node in graph.nodes:
         place = str(node.meta.get("site", ""))
-        left = add.arguments(node) or decode.arguments(node)
+        branch = add.arguments(node)
+        left = linear.arguments(branch[1]) if branch else decode.arguments(node)
         if node.meta.get("rule") == "insert" and left and node.users and place not in told:
             record.note(place, "not fused: no pattern for its layer or its formula; plain operators instead")
             told.add(place)

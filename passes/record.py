@@ -43,6 +43,8 @@ class GraphRecord:
     """Everything that happened to one captured graph, from capture to the partitioned backward."""
 
     title: str = "graph"
+    training: bool = False  # captured with gradients on
+    inputs: tuple[str, ...] = ()  # the model's inputs as `name dtype[sizes]`, at the sizes it was captured with
     nodes_before: int = 0
     nodes_after: int = 0
     before: str = ""
@@ -95,9 +97,7 @@ def group(edits: Iterable[Edit]) -> list[Group]:
     for (rule, _, removed, added), members in groups.items():
         parent = _NUMBER.sub("#", members[0].site).rpartition(".")[0]
         merged[(rule, parent, removed, added)].extend(members)
-    return [
-        Group(m[0].rule, m[0].equation, m[0].source, tuple(e.site for e in m), m[0]) for m in merged.values()
-    ]
+    return [Group(m[0].rule, m[0].equation, m[0].source, tuple(e.site for e in m), m[0]) for m in merged.values()]
 
 
 def summarise(sites: Sequence[str]) -> str:

@@ -44,9 +44,7 @@ def rule(pattern: Pattern, *, group: str | None = None, name: str | None = None)
         label = name or body.__name__.strip("_")
         takes = set(list(inspect.signature(body).parameters)[1:])
         if takes != pattern.names():
-            raise TypeError(
-                f"rule {label} takes {sorted(takes)}, its pattern captures {sorted(pattern.names())}"
-            )
+            raise TypeError(f"rule {label} takes {sorted(takes)}, its pattern captures {sorted(pattern.names())}")
         equation = " ".join((body.__doc__ or "").split("\n\n")[0].split())
         if "->" not in equation:
             raise TypeError(f"rule {label} has no 'before -> after' docstring")

@@ -3,7 +3,7 @@
 model = rewrite.compile(model, spec="lora(r=8)@attn.q,v + nf4(base)")
 """
 
-from rewrite.api import attach, compile, load, methods, parse, plan, save
+from rewrite.api import apply, attach, compile, load, methods, parse, plan, save
 from rewrite.errors import Error, ResolveError, RewriteError, SpecError
 from rewrite.runtime.attach import remove
 from rewrite.runtime.merge import merge
@@ -15,6 +15,7 @@ __all__ = [
     "RewriteError",
     "SpecError",
     "__version__",
+    "apply",
     "attach",
     "compile",
     "load",

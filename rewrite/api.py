@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from torch import nn
+from torch.export import ExportedProgram
 
 from rewrite import inventory, lower
 from rewrite import plan as planning
@@ -16,7 +17,7 @@ from rewrite.methods import registry
 from rewrite.parser import parse as parse_text
 from rewrite.plan import Plan
 from rewrite.runtime import attach as attaching
-from rewrite.runtime import checkpoint, compiled
+from rewrite.runtime import checkpoint, compiled, export
 from rewrite.runtime.adapter import ADAPTERS
 from rewrite.runtime.graft import Graft
 from rewrite.spec import Spec
@@ -67,9 +68,7 @@ def _attach(model: nn.Module, planned: Plan, values: dict[str, Any] | None = Non
     )
 
 
-def compile(
-    model: nn.Module, spec: str | Spec, *, backend: str = "inductor", dynamic: bool | None = True
-) -> nn.Module:
+def compile(model: nn.Module, spec: str | Spec, *, backend: str = "inductor", dynamic: bool | None = True) -> nn.Module:
     """`attach(model, spec)`, and let `model(...)` run compiled; the same instance comes back.
 
     `backend`: `inductor`, `aot_eager`, or `eager` (our rewritten graph as it is, for debugging).  `dynamic` as in
@@ -79,6 +78,17 @@ def compile(
     """
     compiled.check_backend(backend)
     return compiled.compile_model(attach(model, spec), backend, dynamic)
+
+
+def apply(program: ExportedProgram, spec: str | Spec) -> ExportedProgram:
+    """`spec` spliced into a `torch.export`ed program, where the graph is all there is; returns a new program.
+
+    Adapter parameters are named as on a live model; a planned site that the graph does not compute is an error.
+
+    Example: `adapted = rewrite.apply(torch.export.export(model, (ids,)), "lora(r=8)@attn.q,v")`
+    """
+    planned = planning.resolve(inventory.take_exported(program), spec)
+    return export.apply_grafts(program, lower.grafts(planned))
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:

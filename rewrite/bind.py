@@ -93,9 +93,7 @@ def arguments(cls: type) -> tuple[Argument, ...]:
         Argument(
             name=field.name,
             annotation=hints[field.name],
-            default=field.default
-            if field.default_factory is dataclasses.MISSING
-            else field.default_factory(),
+            default=field.default if field.default_factory is dataclasses.MISSING else field.default_factory(),
             limits=field.metadata.get("limits", {}),
             choices=field.metadata.get("choices"),
             help=field.metadata.get("help", ""),

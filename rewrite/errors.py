@@ -55,9 +55,7 @@ def caret(source: str, start: int, stop: int, hint: str = "") -> str:
     cut = max(0, at - _WINDOW // 2)
     shown = line[cut : cut + _WINDOW]
     prefix, suffix = "..." if cut else "", "..." if cut + _WINDOW < len(line) else ""
-    shown = "".join(
-        " " if c.isspace() else c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in shown
-    )
+    shown = "".join(" " if c.isspace() else c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in shown)
     before, marked = shown[: at - cut], shown[at - cut : at - cut + width]
     marks = " " * (len(prefix) + _columns(before)) + "^" * max(1, _columns(marked))
     return f"  {prefix}{shown}{suffix}\n  {marks}{' ' + hint if hint else ''}"

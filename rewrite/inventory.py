@@ -6,6 +6,7 @@ resolve alike.  Nothing here says what a place is for: that is `rewrite.sites`.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 Kind = Literal["linear", "conv", "embedding", "norm", "other"]
 
@@ -64,33 +66,73 @@ def take(model: nn.Module) -> Inventory:
     return Inventory(type(model).__name__, tuple(places), block_lists(lists), frozenset(lists), _head(model))
 
 
+def take_exported(program: ExportedProgram) -> Inventory:
+    """The inventory of an exported program: paths and types from `nn_module_stack`, shapes from its state."""
+    types = _types(program)
+    owned: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in program.state_dict.items():
+        owner, _, leaf = name.rpartition(".")
+        if isinstance(tensor, nn.Parameter):
+            owned.setdefault(owner, {})[leaf] = tensor
+    users: dict[int, list[str]] = {}
+    for path, tensors in owned.items():
+        if "weight" in tensors:
+            users.setdefault(tensors["weight"].data_ptr(), []).append(path)
+    places = []
+    for path, tensors in owned.items():
+        first = tensors.get("weight", next(iter(tensors.values())))
+        kind, transposed = _kind_of(types.get(path), first if "weight" in tensors else None)
+        shape = tuple(reversed(first.shape)) if transposed else tuple(first.shape)
+        tied = tuple(p for p in users.get(first.data_ptr(), ()) if p != path)
+        named = tuple((n, tuple(t.shape)) for n, t in tensors.items())
+        name = getattr(types.get(path), "__name__", "")
+        places.append(Place(path, name, kind, shape, first.dtype, named, transposed, tied, path in types))
+    lists: dict[str, list[str]] = {}
+    for path, cls in types.items():
+        parent, _, leaf = path.rpartition(".")
+        if leaf.isdigit():
+            lists.setdefault(parent, []).append(cls.__name__ if cls else "")
+    root = getattr(types.get(""), "__name__", "") or "exported program"
+    return Inventory(root, tuple(places), block_lists(lists), frozenset(lists), None)
+
+
+def _types(program: ExportedProgram) -> dict[str, type | None]:
+    """The class of every module that a program called, by path; None where it cannot be imported here."""
+    found: dict[str, str] = {}
+    for node in program.graph.nodes:
+        for path, name in (node.meta.get("nn_module_stack") or {}).values():
+            found[path.partition("@")[0]] = name if isinstance(name, str) else f"{name.__module__}.{name.__qualname__}"
+    return {path: _imported(name) for path, name in found.items()}
+
+
+def _imported(qualified: str) -> type | None:
+    module, _, name = qualified.rpartition(".")
+    return getattr(sys.modules.get(module), name, None) or type(name, (), {})
+
+
 def _place(path: str, module: nn.Module, tensors, tied: tuple[str, ...], called: bool) -> Place:
     weight = module._parameters.get("weight")
     first = next(module.parameters(recurse=False)) if weight is None else weight
-    kind, transposed = _kind(module)
+    kind, transposed = _kind_of(type(module), weight)
     shape = tuple(first.shape)
     if transposed:
         shape = (shape[1], shape[0], *shape[2:])
     return Place(path, type(module).__name__, kind, shape, first.dtype, tensors, transposed, tied, called)
 
 
-def _kind(module: nn.Module) -> tuple[Kind, bool]:
+def _kind_of(cls: type | None, weight: torch.Tensor | None) -> tuple[Kind, bool]:
     """(kind, transposed) by type, or by the shapes that define a kind: never by a list of architectures."""
-    weight = module._parameters.get("weight")
-    if isinstance(module, nn.Linear):
+    if cls is None or weight is None:
+        return "other", False
+    if issubclass(cls, nn.Linear):
         return "linear", False
-    if isinstance(module, nn.Embedding):
+    if issubclass(cls, nn.Embedding):
         return "embedding", False
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if issubclass(cls, nn.modules.conv._ConvNd):
         return "conv", False
-    if (
-        weight is not None
-        and weight.ndim == 2
-        and type(module).__name__ == "Conv1D"
-        and hasattr(module, "nf")
-    ):
+    if weight.ndim == 2 and cls.__name__ == "Conv1D":  # transformers' linear layer with a (d_in, d_out) weight
         return "linear", True
-    if weight is not None and weight.ndim == 1 and "norm" in type(module).__name__.lower():
+    if weight.ndim == 1 and "norm" in cls.__name__.lower():
         return "norm", False
     return "other", False
 

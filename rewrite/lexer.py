@@ -165,9 +165,7 @@ class Lexer:
         pattern, offsets = "", list[int]()
         at += 1
         while self.source[at : at + 1] not in ("/", "", "\n", "\r"):
-            width = (
-                2 if self.source[at] == "\\" and self.source[at + 1 : at + 2] not in ("", "\n", "\r") else 1
-            )
+            width = 2 if self.source[at] == "\\" and self.source[at + 1 : at + 2] not in ("", "\n", "\r") else 1
             chars = self.source[at : at + width]
             chars = "/" if chars == "\\/" else chars
             pattern += chars
@@ -180,9 +178,7 @@ class Lexer:
         if not pattern:
             raise self.error(start, stop, "the regex is empty")
         if len(pattern) > MAX_REGEX:
-            raise self.error(
-                start, stop, f"the regex is {len(pattern):,} characters long; the limit is {MAX_REGEX}"
-            )
+            raise self.error(start, stop, f"the regex is {len(pattern):,} characters long; the limit is {MAX_REGEX}")
         if found := regex_fault(pattern):
             where, message = found
             where = offsets[where] if where < len(offsets) else at

@@ -80,9 +80,7 @@ def _weight(method: Method, site: Site, common: dict[str, Any]) -> Graft:
 
 def _storage(method: Method, site: Site, common: dict[str, Any]) -> Graft:
     whole = {**common, "rows": None}
-    return Graft(
-        where="storage", op=_stored(method.name, str(method.layout(site))), encode=method.encode, **whole
-    )
+    return Graft(where="storage", op=_stored(method.name, str(method.layout(site))), encode=method.encode, **whole)
 
 
 def _train(method: Method, site: Site, common: dict[str, Any]) -> Graft:
@@ -119,9 +117,7 @@ def _structured(method: Method, names: tuple[str, ...], *theta: Tensor) -> Any:
 
 
 @functools.cache
-def _branch(
-    method: Method, names: tuple[str, ...], rows: tuple[int, int] | None, width: int
-) -> Callable[..., Any]:
+def _branch(method: Method, names: tuple[str, ...], rows: tuple[int, int] | None, width: int) -> Callable[..., Any]:
     """`y + delta(theta).apply(dropout(x))`, on the rows of the site."""
     dropout = getattr(method, "dropout", 0.0)
 

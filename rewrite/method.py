@@ -122,9 +122,7 @@ class Method:
         if self.trains:
             return "train"
         stated = [
-            v
-            for v in ("delta", "weight", "output", "encode")
-            if getattr(type(self), v) is not getattr(Method, v)
+            v for v in ("delta", "weight", "output", "encode") if getattr(type(self), v) is not getattr(Method, v)
         ]
         if len(stated) != 1:
             raise TypeError(f"method {self.name} must state exactly one view, it states {stated or 'none'}")

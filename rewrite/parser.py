@@ -285,9 +285,7 @@ class _Parser:
         if minus and self.token.text.lower() in _NOT_NUMBERS:
             raise self.no_number(self.span(start)._replace(stop=self.token.span.stop))
         if minus and self.token.kind != "number":
-            raise self.wanted(
-                "a number after '-'", _MINUS if positional and self.token.kind in _KINDS else ""
-            )
+            raise self.wanted("a number after '-'", _MINUS if positional and self.token.kind in _KINDS else "")
         number = self.take().value
         if isinstance(number, int):
             return Int(-number if minus else number, self.span(start))

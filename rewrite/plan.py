@@ -18,6 +18,7 @@ from rewrite.parser import parse as parse_text
 from rewrite.passes.record import summarise
 from rewrite.sites import Site
 from rewrite.spec import Clause, Selector, Spec, Term
+from rewrite.table import table
 
 
 @dataclass(frozen=True)
@@ -75,29 +76,26 @@ class Plan:
     def __str__(self) -> str:
         share = f" ({self.trainable / self.parameters:.3%} of {self.parameters:,})" if self.parameters else ""
         head = f"{self.model}: {self.spec}\n{len(self)} placements, {self.trainable:,} trainable{share}"
-        lines = [("method", "role", "where", "sites", "shape", "trainable")]
-        for key, group in _grouped(self.placements).items():
-            shapes = {tuple(p.site.place.shape) for p in group}
-            shape = " ".join("x".join(map(str, s)) for s in sorted(shapes))
-            count = f"{sum(p.trainable for p in group):,}"
-            lines.append(
-                (key[0], key[1], summarise([p.site.name for p in group]), str(len(group)), shape, count)
-            )
-        widths = [max(len(line[i]) for line in lines) for i in range(6)]
-        table = [
-            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
-        ]
-        table.insert(1, "  ".join("-" * w for w in widths))
-        return "\n".join([head, "", *table, *(f"note: {n}" for n in self.notes)])
+        placed = placement_table(
+            (str(p.clause.call).removesuffix("()"), p.site.roles[0], p.site.name, p.site.place.shape, p.trainable)
+            for p in self.placements
+        )
+        return "\n".join([head, "", *placed, *(f"note: {n}" for n in self.notes)])
 
     __repr__ = __str__
 
 
-def _grouped(placements: Iterable[Placement]) -> dict[tuple[str, str], list[Placement]]:
-    groups: dict[tuple[str, str], list[Placement]] = {}
-    for p in placements:
-        groups.setdefault((str(p.clause.call).removesuffix("()"), p.site.roles[0]), []).append(p)
-    return groups
+def placement_table(placed: Iterable[tuple[str, str, str, tuple[int, ...], int]]) -> list[str]:
+    """Lines of a table of (method, role, site, shape, trainable), grouped over layers."""
+    groups: dict[tuple[str, str], list[tuple[str, tuple[int, ...], int]]] = {}
+    for method, role, site, shape, trainable in placed:
+        groups.setdefault((method, role), []).append((site, tuple(shape), trainable))
+    rows = [("method", "role", "where", "sites", "shape", "trainable")]
+    for (method, role), group in groups.items():
+        shapes = " ".join("x".join(map(str, shape)) for shape in sorted({shape for _, shape, _ in group}))
+        count = f"{sum(trainable for _, _, trainable in group):,}"
+        rows.append((method, role, summarise([site for site, _, _ in group]), str(len(group)), shapes, count))
+    return table(rows)
 
 
 def _numel(shape: tuple[int, ...]) -> int:
@@ -121,9 +119,7 @@ def resolve(inventory: Inventory, text: str | Spec, parameters: int = 0) -> Plan
     canonical_spec, bound = read(spec)
     resolver = _Resolver(inventory, spec)
     if not inventory.places:
-        raise resolver.error(
-            bound[0].clause, f"{inventory.model} has no parameters: there is nothing to adapt"
-        )
+        raise resolver.error(bound[0].clause, f"{inventory.model} has no parameters: there is nothing to adapt")
     placements: list[Placement] = []
     trained = [b for b in bound if b.method.trains]
     taken = {s.path for b in trained for s in resolver.select(b.clause.sites, b)}
@@ -185,9 +181,7 @@ class _Resolver:
             for stack in {s.stack for _, s in found if s.stack}
         }
         if not counts:
-            raise self.error(
-                term, f"'{term}' asks for layers, but its sites in {self.inventory.model} have none"
-            )
+            raise self.error(term, f"'{term}' asks for layers, but its sites in {self.inventory.model} have none")
         try:
             wanted = {stack: set(term.layers.select(count)) for stack, count in counts.items()}
         except IndexError as error:
@@ -222,11 +216,7 @@ class _Resolver:
             label = clause.label or method.name
             part = label if site.rows is None else f"{label}_{site.roles[0].rpartition('.')[2]}"
             used = {p.name for p in (*before, *placed) if p.site.path == site.path}
-            name = (
-                part
-                if part not in used
-                else next(f"{part}_{i}" for i in range(2, 999) if f"{part}_{i}" not in used)
-            )
+            name = part if part not in used else next(f"{part}_{i}" for i in range(2, 999) if f"{part}_{i}" not in used)
             placed.append(Placement(site, method, clause, name))
         self.note_tied(clause)
         return placed
@@ -234,12 +224,16 @@ class _Resolver:
     def check(self, clause: Clause, method: Method, site: Site, others: list[Placement]) -> None:
         if not (site.dtype.is_floating_point or site.dtype.is_complex):
             kind = str(site.dtype).removeprefix("torch.")
-            raise self.error(
-                clause, f"{site.path} has {kind} weights: {method.name} needs floating-point ones"
-            )
+            raise self.error(clause, f"{site.path} has {kind} weights: {method.name} needs floating-point ones")
         if (reason := method.fits(site)) is not None:
             raise self.error(clause, f"{method.name} does not fit {site.name}: {reason}")
         view = method.view()
+        if view in ("storage", "weight") and site.place.tied:
+            raise self.error(
+                clause,
+                f"{method.name} would replace the weight of {site.path}, which {site.place.tied[0]} shares",
+                f"leave it out: -{site.roles[0]}" if site.roles[0] != "other" else "",
+            )
         for other in others:
             theirs = other.method.view()
             if {view, theirs} <= {"train", "storage"}:

@@ -83,9 +83,7 @@ class _Finder:
     def __init__(self, inventory: Inventory) -> None:
         self.inventory = inventory
         self.linears = [p for p in inventory.places if p.kind == "linear" and p.called]
-        self.attention = {
-            _parent(p.path) for p in self.linears if self.where(p.path)[0] and _hint(p.path, "q", "qkv")
-        }
+        self.attention = {_parent(p.path) for p in self.linears if self.where(p.path)[0] and _hint(p.path, "q", "qkv")}
 
     def where(self, path: str) -> tuple[str | None, int | None, str]:
         """(list of blocks, number in it, path inside the block) of a module."""
@@ -162,9 +160,7 @@ class _Finder:
 
     def _direct_attention(self, block: str) -> set[str]:
         """Projections of a block that holds query, key and value itself, without an attention module."""
-        return {
-            p.path for p in self.linears if _parent(p.path) == block and _hint(p.path, "q", "k", "v", "qkv")
-        }
+        return {p.path for p in self.linears if _parent(p.path) == block and _hint(p.path, "q", "k", "v", "qkv")}
 
     def is_cross(self, scope: str, block: str) -> bool:
         inside = scope.removeprefix(block)
@@ -182,9 +178,7 @@ class _Finder:
         if rows != columns:
             return "up" if rows > columns else "down"
         return (
-            "down"
-            if widths and place.path == [p.path for p in self.linears if p.path.startswith(block)][-1]
-            else "up"
+            "down" if widths and place.path == [p.path for p in self.linears if p.path.startswith(block)][-1] else "up"
         )
 
 

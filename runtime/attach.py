@@ -35,6 +35,7 @@ class Attachment:
     sites: tuple[Mapping[str, Any], ...] = ()  # the plan as rows, for files and tables
     requires_grad: dict[str, bool] = field(default_factory=dict)  # as it was before
     originals: Originals = field(default_factory=Originals)
+    order: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of the parameters of parametrised modules
     calls: Calls = field(default_factory=Calls)
     backend: str | None = None  # None until compiled
     notes: tuple[str, ...] = ()
@@ -49,9 +50,7 @@ def require(model: nn.Module) -> Attachment:
     """What is attached to `model`; raises `RewriteError` when nothing is."""
     state = attachment(model)
     if state is None:
-        raise RewriteError(
-            f"nothing is attached to this {type(model).__name__}: call rewrite.attach or compile first"
-        )
+        raise RewriteError(f"nothing is attached to this {type(model).__name__}: call rewrite.attach or compile first")
     return state
 
 
@@ -133,6 +132,7 @@ _ATTACH: dict[str, Callable[..., None]] = {
 def _keep(module: nn.Module, graft: Graft, state: Attachment) -> None:
     key = f"{graft.path}.{graft.tensor}"
     weight = getattr(module, graft.tensor)
+    state.order.setdefault(graft.path, tuple(module._parameters))
     if key not in state.originals and weight.device.type != "meta":
         state.originals.keep(key, weight)
 
@@ -207,15 +207,22 @@ def _restore(module: nn.Module, graft: Graft, state: Attachment) -> None:
         key = f"{graft.path}.{graft.tensor}"
         device = next(module.parameters()).device
         if key not in state.originals:
-            raise RewriteError(
-                f"the original of {key} was not kept: it was on the meta device when it was attached"
-            )
+            raise RewriteError(f"the original of {key} was not kept: it was on the meta device when it was attached")
         parametrize.remove_parametrizations(module, graft.tensor, leave_parametrized=True)
-        setattr(module, graft.tensor, nn.Parameter(state.originals.restore(key).to(device)))
+        put_back(module, graft.tensor, state.originals.restore(key).to(device), state.order[graft.path])
     for name in graft.slots if graft.where == "train" else ():
         if (key := f"{graft.path}.{name}") in state.originals:
             with torch.no_grad():
                 module.get_parameter(name).copy_(state.originals.restore(key))
+
+
+def put_back(module: nn.Module, name: str, value: Tensor, order: Sequence[str]) -> None:
+    """Make `value` the parameter `name`, at the place that it had: optimizers and files go by the order."""
+    setattr(module, name, nn.Parameter(value, requires_grad=False))
+    held = module._parameters
+    for key in (*order, *[k for k in held if k not in order]):
+        if key in held:
+            held[key] = held.pop(key)
 
 
 def strip(model: nn.Module) -> nn.Module:

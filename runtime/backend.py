@@ -19,6 +19,7 @@ from rewrite.passes import pipeline
 from rewrite.passes.partition import Partitioner
 from rewrite.passes.record import GraphRecord
 from rewrite.runtime import capture, captures
+from rewrite.runtime.signature import inputs_of
 
 BACKENDS = ("inductor", "aot_eager", "eager")
 _numbers = itertools.count()
@@ -37,16 +38,31 @@ def rewrite_backend(
     """
     settings = dict(options or {})
     engine = check_backend(settings.pop("backend", "inductor"))
-    record = GraphRecord(title=f"graph_{next(_numbers)}")
+    record = GraphRecord(title=f"graph_{next(_numbers)}", training=torch.is_grad_enabled())
+    tensors = list(capture.adapter_tensors(gm))
     if capture.has_adapters(gm):
-        captures.remember(record, capture.adapter_tensors(gm))
+        record.inputs = inputs_of(gm)
         gm = capture.copy_graph(gm)
         pipeline.run(gm, record)
-    if engine == "eager":
+    compiled = _engine(engine, gm, example_inputs, record, mode, settings)
+    if record.passes:  # not before it is compiled: a graph that Dynamo gives up to start over never runs
+        captures.remember(record, tensors)
+    return compiled
+
+
+def _engine(
+    name: str,
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    record: GraphRecord,
+    mode: str | None,
+    options: dict[str, Any],
+) -> Callable[..., Any]:
+    if name == "eager":
         return gm.forward
-    if engine == "aot_eager":
-        return _aot_eager(gm, example_inputs, record)
-    return _inductor(gm, example_inputs, record, mode, settings)
+    if name == "aot_eager":
+        return _aot_eager(gm, inputs, record)
+    return _inductor(gm, inputs, record, mode, options)
 
 
 def check_backend(name: str) -> str:

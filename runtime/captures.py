@@ -25,9 +25,7 @@ def remember(record: GraphRecord, tensors: Iterable[torch.Tensor]) -> None:
 def records_of(model: nn.Module) -> list[GraphRecord]:
     """The graphs captured from `model` (or a part of it), oldest first."""
     own = {id(t) for t in (*model.parameters(), *model.buffers())}
-    return [
-        record for record, refs in _captures if any(id(t) in own for ref in refs if (t := ref()) is not None)
-    ]
+    return [record for record, refs in _captures if any(id(t) in own for ref in refs if (t := ref()) is not None)]
 
 
 def forget(model: nn.Module) -> None:

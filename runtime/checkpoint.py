@@ -103,9 +103,7 @@ def read(folder: str | os.PathLike[str]) -> Checkpoint:
         raise RewriteError(
             f"{place / CONFIG} has format {config.get('format')!r}, this version reads {_FORMAT}: upgrade peft-rewrite"
         )
-    return Checkpoint(
-        place, config["spec"], str(config.get("fingerprint")), tuple(config.get("sites", ())), tensors
-    )
+    return Checkpoint(place, config["spec"], str(config.get("fingerprint")), tuple(config.get("sites", ())), tensors)
 
 
 def check_base(checkpoint: Checkpoint, model: nn.Module) -> None:

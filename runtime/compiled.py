@@ -35,7 +35,11 @@ def _settings() -> dict[str, Any]:
     """Dynamo's settings for our calls: logging in a forward does not break graphs; more recompiles."""
     config = torch._dynamo.config
     once = {fn} if (fn := getattr(logging.Logger, "warning_once", None)) else set()
-    found: dict[str, Any] = {"ignore_logging_functions": config.ignore_logging_functions | _LOGGING | once}
+    found: dict[str, Any] = {
+        "ignore_logging_functions": config.ignore_logging_functions | _LOGGING | once,
+        # `dynamic=True` would make graph inputs of eps and softmax scales, only to compile all over without them.
+        "specialize_float": True,
+    }
     if config.recompile_limit == _DEFAULT_RECOMPILES:  # a limit that the user chose stays
         found["recompile_limit"] = _RECOMPILES
     return found

@@ -27,9 +27,7 @@ def release(model: nn.Module) -> None:
         model.__dict__.pop(name, None)
 
 
-def _save_pretrained(
-    model: nn.Module, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any
-) -> None:
+def _save_pretrained(model: nn.Module, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
     """Save the adapter alone: the base is where it came from.  `rewrite.merge` first to save a plain model."""
     from rewrite.runtime.checkpoint import save
 

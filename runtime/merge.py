@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from rewrite.errors import RewriteError
 from rewrite.runtime.adapter import Adapter
-from rewrite.runtime.attach import Attachment, adapted_modules, adapter_of, require, strip
+from rewrite.runtime.attach import Attachment, adapted_modules, adapter_of, put_back, require, strip
 from rewrite.runtime.graft import Graft
 
 log = logging.getLogger(__name__)
@@ -32,9 +33,7 @@ class MergeReport:
     def __str__(self) -> str:
         text = f"merged '{self.spec}' into {self.weights} weights"
         if self.decoded:
-            text += (
-                f", {self.decoded} of them decoded from a quantised base (a dense copy replaces the codes)"
-            )
+            text += f", {self.decoded} of them decoded from a quantised base (a dense copy replaces the codes)"
         return text + (f"; largest rounding error {self.error:.1e} at {self.worst}" if self.worst else "")
 
 
@@ -62,7 +61,7 @@ def merge(model: nn.Module) -> nn.Module:
     for path in tqdm(dict.fromkeys([*stored, *adapted]), desc="merge", delay=2, leave=False):
         module = model.get_submodule(path)
         if path in stored:
-            _densify(module, stored[path].tensor)
+            _densify(module, stored[path].tensor, state.order[path])
             decoded += stored[path].where == "storage"
         error = _merge_module(module, adapted.get(path, []))
         written += 1
@@ -74,11 +73,11 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
-def _densify(module: nn.Module, name: str) -> None:
+def _densify(module: nn.Module, name: str, order: Sequence[str]) -> None:
     """Replace a parametrised tensor by what it evaluates to, as an ordinary parameter."""
     dense = getattr(module, name).detach().clone(memory_format=torch.contiguous_format)
     parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-    setattr(module, name, nn.Parameter(dense, requires_grad=False))
+    put_back(module, name, dense, order)
 
 
 def _merge_module(module: nn.Module, adapters: list[Adapter]) -> float:

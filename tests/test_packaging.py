@@ -107,9 +107,7 @@ def test_wheel_holds_every_file_once_and_nothing_else(wheel: zipfile.ZipFile):
 def test_wheel_metadata(wheel: zipfile.ZipFile):
     info = f"peft_rewrite-{__version__}.dist-info"
     metadata = wheel.read(f"{info}/METADATA").decode().splitlines()
-    assert {"Name: peft-rewrite", f"Version: {__version__}", "License-Expression: Apache-2.0"} <= set(
-        metadata
-    )
+    assert {"Name: peft-rewrite", f"Version: {__version__}", "License-Expression: Apache-2.0"} <= set(metadata)
     assert f"{info}/licenses/LICENSE" in wheel.namelist()
     entries = configparser.ConfigParser()
     entries.read_string(wheel.read(f"{info}/entry_points.txt").decode())

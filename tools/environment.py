@@ -45,9 +45,7 @@ def main() -> int:
         requirement = chosen[-1]
         say(f"installing {requirement}" + ("" if args.torch else " (about 200 MB)"))
         if not pip(python, *chosen):
-            return fail(
-                f"{requirement} could not be installed; to choose another build: make test TORCH='torch==...'"
-            )
+            return fail(f"{requirement} could not be installed; to choose another build: make test TORCH='torch==...'")
     say(f"installing rewrite and what .[{args.extra}] needs")
     if not pip(python, "--editable", f"{ROOT}[{args.extra}]"):
         return fail("the installation failed; pip's message is above")

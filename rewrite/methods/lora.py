@@ -40,9 +40,7 @@ class Gaussian(Init):
 class Pissa(Init):
     """Principal singular vectors: B A = (the r largest singular triples of W) / scale  (Meng et al. 2024)."""
 
-    niter: int | None = arg(
-        None, low=1, help="subspace iterations of a randomised SVD; none is the exact SVD"
-    )
+    niter: int | None = arg(None, low=1, help="subspace iterations of a randomised SVD; none is the exact SVD")
     residual = True
 
     def fill(self, W: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
@@ -78,9 +76,7 @@ class Lora(Method):
 
     r: int = arg(8, low=1, help="rank")
     alpha: float | None = arg(None, above=0, help="numerator of the scale; none is r, so that the scale is 1")
-    dropout: float = arg(
-        0.0, low=0, below=1, help="probability of dropping an input of the branch in training"
-    )
+    dropout: float = arg(0.0, low=0, below=1, help="probability of dropping an input of the branch in training")
     scale: Literal["linear", "rs"] = arg("linear", help="s = alpha / r, or alpha / sqrt(r) for rs")
     bias: bool = arg(False, help="train a bias c on B")
     init: Init = arg(Kaiming(), choices=INITS, help="how A and B start")

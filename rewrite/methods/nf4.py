@@ -14,9 +14,7 @@ class Nf4(Method):
     """W  ->  decode(nf4 codes, absmax per block)  (Dettmers et al. 2023)"""
 
     block: int = arg(64, low=32, high=4096, help="weights per absmax, a power of two")
-    double_quant: bool = arg(
-        False, help="quantise the absmax values too: 0.516 instead of 0.563 bytes a weight"
-    )
+    double_quant: bool = arg(False, help="quantise the absmax values too: 0.516 instead of 0.563 bytes a weight")
 
     name = "nf4"
     positional_sites = True
@@ -25,9 +23,7 @@ class Nf4(Method):
 
     def check(self) -> str | None:
         """Why these arguments do not go together, or None."""
-        return (
-            None if self.block & (self.block - 1) == 0 else f"block must be a power of two, got {self.block}"
-        )
+        return None if self.block & (self.block - 1) == 0 else f"block must be a power of two, got {self.block}"
 
     def encode(self, W: Tensor) -> tuple[Tensor, ...]:
         codes, absmax = nf4.quantize(W, self.block)

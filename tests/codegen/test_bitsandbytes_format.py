@@ -241,9 +241,7 @@ def test_they_read_ours_exactly(bnb, shape, dtype, double_quant):
     assert torch.equal(bits(bnb.functional.dequantize_4bit(state[NAME], read)), bits(packed.dequantize()))
     param = bnb.nn.Params4bit.from_prequantized(state[NAME], dict(stats), device="cpu")
     assert (param.quant_type, param.blocksize, param.compress_statistics) == ("nf4", 64, double_quant)
-    assert torch.equal(
-        bits(bnb.functional.dequantize_4bit(param.data, param.quant_state)), bits(packed.dequantize())
-    )
+    assert torch.equal(bits(bnb.functional.dequantize_4bit(param.data, param.quant_state)), bits(packed.dequantize()))
 
 
 def linear4bit(bnb, double_quant):
@@ -274,9 +272,7 @@ def test_state_dict_of_a_live_layer_through_a_file(bnb, tmp_path, double_quant):
 
 def test_scales_that_their_cpu_layout_has_rounded_are_refused(bnb):
     layer = linear4bit(bnb, double_quant=False)
-    repacked, state = bnb.functional._convert_weight_packed_for_cpu(
-        layer.weight.data, layer.weight.quant_state
-    )
+    repacked, state = bnb.functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
     layer.weight.data, layer.weight.quant_state = repacked, state  # what its forward does in eval mode
     with pytest.raises(RewriteError, match=r"weight\.absmax: is torch.bfloat16 \[2, 96\].*CPU in eval mode"):
         bitsandbytes_format.read(layer.state_dict(), "weight")

@@ -177,9 +177,7 @@ def test_dynamic_map_is_sorted_with_both_signs():
 @pytest.mark.parametrize("blocksize", [32, 64, 1024])
 def test_bytes_per_weight_counts_the_tensors(blocksize, double_quant):
     packed = nf4.Nf4Tensors.from_weight(torch.ones(512, 1024), blocksize, double_quant)
-    stored = (
-        packed.codes.nbytes + packed.absmax.nbytes + (packed.nested.absmax.nbytes if packed.nested else 0)
-    )
+    stored = packed.codes.nbytes + packed.absmax.nbytes + (packed.nested.absmax.nbytes if packed.nested else 0)
     assert stored / (512 * 1024) == nf4.bytes_per_weight(blocksize, double_quant)
 
 

@@ -197,9 +197,7 @@ def test_canonical(text: str, expected: str) -> None:
     assert canonical(spec, METHODS) == expected
     again = parse(expected)
     assert canonical(again, METHODS) == expected
-    assert [(b.method, b.sites) for b in bind(again, METHODS)] == [
-        (b.method, b.sites) for b in bind(spec, METHODS)
-    ]
+    assert [(b.method, b.sites) for b in bind(again, METHODS)] == [(b.method, b.sites) for b in bind(spec, METHODS)]
 
 
 def test_canonical_refuses_what_bind_refuses() -> None:
@@ -235,9 +233,7 @@ def test_arguments_describe_the_fields() -> None:
     assert (table["r"].limits["low"], table["r"].limits["high"]) == (1, 1024)
     assert table["plain"].limits == {}
     assert table["made"].default == ()
-    assert {
-        name: table[name].wants for name in ("alpha", "act", "mode", "gain", "dims", "pair", "start")
-    } == {
+    assert {name: table[name].wants for name in ("alpha", "act", "mode", "gain", "dims", "pair", "start")} == {
         "alpha": "a float or none",
         "act": "one of relu, gelu",
         "mode": "one of auto, rs, 2",

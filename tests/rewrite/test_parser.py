@@ -53,9 +53,7 @@ CANONICAL = {
     ),
     "a(x=1e-3,y=-.5,z=1.,w=-7,v=1e20,u=00)@b": "a(x=0.001, y=-0.5, z=1.0, w=-7, v=1e+20, u=0)@b",
     "a(x=None,y=False,z=rs,w='s',v=a.b)@b": 'a(x=none, y=false, z=rs, w="s", v=a.b)@b',
-    "a(x=(),y=(1),z=(1,(2,'c'),),w=f(g(1),h=2),v=f())@b": (
-        'a(x=(), y=(1,), z=(1, (2, "c")), w=f(g(1), h=2), v=f())@b'
-    ),
+    "a(x=(),y=(1),z=(1,(2,'c'),),w=f(g(1),h=2),v=f())@b": ('a(x=(), y=(1,), z=(1, (2, "c")), w=f(g(1), h=2), v=f())@b'),
     "a(8,(1,),b(c=1),true,-2)": "a(8, (1,), b(c=1), true, -2)",
     "a(linear, 8, r=1)": "a(8, linear, r=1)",
 }
@@ -226,12 +224,8 @@ def test_repeats_that_multiply_are_refused(pattern: str) -> None:
     assert regex_fault(pattern) is not None
 
 
-WORDS = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,6}", fullmatch=True).filter(
-    lambda word: word not in CONSTANTS
-)
-ROLE_WORDS = st.sampled_from(
-    [*ROLES, "enc.attn.q", "dec.ffn.up", "layers.0.mlp", "mlp", "attn.true", "a.b", "q"]
-)
+WORDS = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,6}", fullmatch=True).filter(lambda word: word not in CONSTANTS)
+ROLE_WORDS = st.sampled_from([*ROLES, "enc.attn.q", "dec.ffn.up", "layers.0.mlp", "mlp", "attn.true", "a.b", "q"])
 VALUE_WORDS = WORDS.filter(lambda word: word.lower() not in ("nan", "inf", "infinity"))
 TEXTS = st.text(st.characters(exclude_categories=["C", "Z"]) | st.sampled_from(" \n\t\"'\\/#"), max_size=8)
 INTS = st.integers(-MAX_INT, MAX_INT)

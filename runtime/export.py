@@ -1,0 +1,147 @@
+"""Grafts on an exported program: the same typed functions, spliced into its graph as ATen operators.
+
+Nothing can fall back past an exported graph, so a planned site that no edit reached is an error.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
+
+from rewrite.codegen.typed import typed_op
+from rewrite.errors import RewriteError
+from rewrite.passes.splice import boundary, module_calls, splice
+from rewrite.runtime.adapter import ADAPTERS
+from rewrite.runtime.graft import Graft
+
+log = logging.getLogger(__name__)
+Tensor = torch.Tensor
+
+
+def apply_grafts(program: ExportedProgram, grafts: Sequence[Graft]) -> ExportedProgram:
+    """A new exported program with `grafts` spliced in; `program` keeps its graph and its tensors.
+
+    Adapter tensors become parameters named as on a live model; everything else is frozen.  Dropout is off.
+    Raises `RewriteError` where a graft finds no node to take hold of.
+    """
+    editor = _Editor(program)
+    for graft in sorted(grafts, key=lambda g: g.where == "storage"):
+        getattr(editor, f"add_{graft.where}")(graft)
+    return editor.finish()
+
+
+class _Editor:
+    def __init__(self, program: ExportedProgram) -> None:
+        self.program = program
+        self.gm = copy.deepcopy(program.graph_module)
+        self.graph = self.gm.graph
+        self.specs = list(program.graph_signature.input_specs)
+        self.state: dict[str, Any] = {
+            name: nn.Parameter(t.detach(), requires_grad=False) if isinstance(t, nn.Parameter) else t
+            for name, t in program.state_dict.items()
+        }
+        self.inputs = {n.name: n for n in self.graph.find_nodes(op="placeholder")}
+
+    def parameter(self, name: str, value: Tensor, trainable: bool) -> fx.Node:
+        """A new parameter input of the program."""
+        first = next(iter(self.graph.nodes))
+        with self.graph.inserting_before(first):
+            node = self.graph.placeholder("p_" + name.replace(".", "_"))
+        mode = next(n.meta["val"].fake_mode for n in self.inputs.values() if hasattr(n.meta.get("val"), "fake_mode"))
+        node.meta["val"] = mode.from_tensor(value.detach(), static_shapes=True)
+        kind = InputKind.PARAMETER
+        self.specs.insert(0, InputSpec(kind, TensorArgument(name=node.name), target=name))
+        self.state[name] = nn.Parameter(value.detach(), requires_grad=trainable)
+        return node
+
+    def weight(self, graft: Graft) -> fx.Node:
+        """The input that holds the tensor of a graft."""
+        target = f"{graft.path}.{graft.tensor}"
+        for spec in self.specs:
+            if spec.target == target and isinstance(spec.arg, TensorArgument):
+                return next(n for n in self.graph.nodes if n.name == spec.arg.name)
+        raise RewriteError(f"the exported program does not read {target}: {graft.label} has no place there")
+
+    def theta(self, graft: Graft) -> list[fx.Node]:
+        weight = self.state[f"{graft.path}.{graft.tensor}"]
+        start = graft.initialise(graft.view(weight.detach())) if graft.initialise else {}
+        prefix = f"{graft.path}.{ADAPTERS}.{graft.name}."
+        nodes = [self.parameter(prefix + n, start[n], slot.trainable) for n, slot in reversed(list(graft.slots.items()))]
+        return nodes[::-1]
+
+    def add_output(self, graft: Graft) -> None:
+        op = typed_op(graft.op)
+        assert op is not None
+        calls = [b for call in module_calls(self.graph, graft.path) if (b := boundary(call)) is not None]
+        if not calls:
+            raise RewriteError(f"no node of the exported program computes {graft.path}: {graft.label} has no place there")
+        theta = self.theta(graft)
+        for x, y in calls:
+            users = list(y.users)
+            new = splice(self.graph, functools.partial(op.reference, training=False), [x, y, *theta], y, op.name)
+            for user in users:
+                user.replace_input_with(y, new)
+
+    def add_weight(self, graft: Graft) -> None:
+        self.replace(graft, self.weight(graft), self.theta(graft), keep=True)
+
+    def add_storage(self, graft: Graft) -> None:
+        assert graft.encode is not None
+        name = f"{graft.path}.{graft.tensor}"
+        stored = graft.encode(graft.view(self.state[name].detach()).contiguous())
+        count = len(stored)
+        nodes = [
+            self.parameter(f"{graft.path}.parametrizations.{graft.tensor}.original{i}", stored[i], False)
+            for i in reversed(range(count))
+        ][::-1]
+        old = self.weight(graft)
+        self.replace(graft, old, nodes, keep=False)
+        self.graph.erase_node(old)
+        self.specs = [s for s in self.specs if s.target != name]
+        del self.state[name]
+
+    def replace(self, graft: Graft, old: fx.Node, tensors: list[fx.Node], keep: bool) -> None:
+        """Let every reader of a weight read what the graft makes of it."""
+        op = typed_op(graft.op)
+        assert op is not None
+        users = [u for u in old.users if u.op != "output"]
+        last = next(n for n in reversed(list(self.graph.nodes)) if n.op == "placeholder")
+        function = op.reference
+        if not keep and graft.transposed:
+            function = functools.partial(_transposed, op.reference)
+        new = splice(self.graph, function, [old, *tensors] if keep else tensors, last, op.name)
+        for user in users:
+            user.replace_input_with(old, new)
+
+    def add_train(self, graft: Graft) -> None:
+        for name in graft.slots:
+            key = f"{graft.path}.{name}"
+            self.state[key] = nn.Parameter(self.state[key].detach().clone())
+
+    def finish(self) -> ExportedProgram:
+        self.graph.lint()
+        self.gm.recompile()
+        old = self.program
+        return ExportedProgram(
+            root=self.gm,
+            graph=self.graph,
+            graph_signature=ExportGraphSignature(self.specs, list(old.graph_signature.output_specs)),
+            state_dict=self.state,
+            range_constraints=copy.deepcopy(old.range_constraints),
+            module_call_graph=copy.deepcopy(old.module_call_graph),
+            example_inputs=old.example_inputs,
+            constants=old.constants,
+            verifiers=list(old.verifiers),
+        )
+
+
+def _transposed(reference: Any, *stored: Tensor) -> Tensor:
+    return reference(*stored).t()
