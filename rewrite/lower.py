@@ -80,7 +80,13 @@ def _weight(method: Method, site: Site, common: dict[str, Any]) -> Graft:
 
 def _storage(method: Method, site: Site, common: dict[str, Any]) -> Graft:
     whole = {**common, "rows": None}
-    return Graft(where="storage", op=_stored(method.name, str(method.layout(site))), encode=method.encode, **whole)
+    return Graft(
+        where="storage",
+        op=_stored(method.name, str(method.layout(site))),
+        encode=method.encode,
+        read=method.read,
+        **whole,
+    )
 
 
 def _train(method: Method, site: Site, common: dict[str, Any]) -> Graft:

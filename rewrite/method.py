@@ -117,6 +117,10 @@ class Method:
         """How the stored tensors at a site decode."""
         raise NotImplementedError
 
+    def read(self, state: Mapping[str, Any], name: str) -> tuple[Tensor, ...] | None:
+        """The stored tensors of the weight `name` in another library's checkpoint; None if it is not one."""
+        return None
+
     def view(self) -> str:
         """The one view that this method states: delta, weight, output, storage or train."""
         if self.trains:

@@ -57,21 +57,56 @@ class Reparametrisation(Adapter):
 class Stored(nn.Module):
     """A storage format of a weight, registered with `torch.nn.utils.parametrize`: stored tensors -> weight."""
 
-    def __init__(self, graft: Graft) -> None:
+    def __init__(self, graft: Graft, dtype: torch.dtype) -> None:
         super().__init__()
-        self.graft, self.op = graft, graft.op
+        self.graft, self.op, self.dtype = graft, graft.op, dtype
 
     def forward(self, *stored: torch.Tensor) -> torch.Tensor:
         assert self.op is not None
         weight = self.op(*stored)
-        return weight.t() if self.graft.transposed else weight
+        weight = weight.t() if self.graft.transposed else weight
+        return weight if weight.dtype == self.dtype else weight.to(self.dtype)
 
     def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         assert self.graft.encode is not None
         return self.graft.encode(weight.t().contiguous() if self.graft.transposed else weight)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Stored:
+        # `model.to(dtype)` decides what the weight decodes to; the stored tensors keep their bits (`keep_bits`).
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
+
     def extra_repr(self) -> str:
         return self.graft.label
+
+
+def keep_bits(stored: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+    """`nn.Module._apply` for stored tensors: moves them between devices, never casts them."""
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        moved = fn(tensor)
+        return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+    for child in stored.children() if recurse else ():
+        child._apply(fn)
+    return type(stored)._apply(stored, move, recurse=False)
+
+
+def load_stored(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """`load_state_dict` pre-hook: a dense weight, or a foreign checkpoint of the same format, becomes stored."""
+    held: Any = module._modules["parametrizations"]
+    for tensor, parametrisations in held.items():
+        name = f"{prefix}{tensor}"
+        stored = parametrisations[0]
+        if not isinstance(stored, Stored) or name not in state:
+            continue
+        values = stored.graft.read(state, name) if stored.graft.read else None
+        if values is None:
+            values = stored.right_inverse(state[name])
+        for key in [k for k in state if k == name or k.startswith(f"{name}.")]:
+            del state[key]
+        for number, value in enumerate(values):
+            state[f"{prefix}parametrizations.{tensor}.original{number}"] = value
 
 
 def call_adapters(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

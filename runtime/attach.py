@@ -6,6 +6,7 @@ Nothing here compiles.  A failed attach leaves the model as it was.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from rewrite.errors import RewriteError
 from rewrite.runtime import captures, huggingface
-from rewrite.runtime.adapter import ADAPTERS, Adapter, Branch, Reparametrisation, Stored, call_adapters
+from rewrite.runtime.adapter import ADAPTERS, Adapter, Branch, Reparametrisation, Stored, call_adapters, keep_bits, load_stored
 from rewrite.runtime.fallback import Calls
 from rewrite.runtime.graft import Graft
 from rewrite.runtime.originals import Originals
@@ -107,7 +108,11 @@ def _attach_weight(model, module: nn.Module, graft: Graft, values, state: Attach
 
 def _attach_storage(model, module: nn.Module, graft: Graft, values, state: Attachment) -> None:
     _keep(module, graft, state)
-    parametrize.register_parametrization(module, graft.tensor, Stored(graft), unsafe=True)
+    stored = Stored(graft, module.get_parameter(graft.tensor).dtype)
+    parametrize.register_parametrization(module, graft.tensor, stored, unsafe=True)
+    held: Any = module._modules["parametrizations"]
+    held[graft.tensor].__dict__["_apply"] = types.MethodType(keep_bits, held[graft.tensor])
+    module.register_load_state_dict_pre_hook(load_stored)
 
 
 def _attach_train(model, module: nn.Module, graft: Graft, values, state: Attachment) -> None:
@@ -208,7 +213,6 @@ def _restore(module: nn.Module, graft: Graft, state: Attachment) -> None:
         device = next(module.parameters()).device
         if key not in state.originals:
             raise RewriteError(f"the original of {key} was not kept: it was on the meta device when it was attached")
-        parametrize.remove_parametrizations(module, graft.tensor, leave_parametrized=True)
         put_back(module, graft.tensor, state.originals.restore(key).to(device), state.order[graft.path])
     for name in graft.slots if graft.where == "train" else ():
         if (key := f"{graft.path}.{name}") in state.originals:
@@ -217,7 +221,10 @@ def _restore(module: nn.Module, graft: Graft, state: Attachment) -> None:
 
 
 def put_back(module: nn.Module, name: str, value: Tensor, order: Sequence[str]) -> None:
-    """Make `value` the parameter `name`, at the place that it had: optimizers and files go by the order."""
+    """Replace the parametrised `name` by the parameter `value`, in its place: optimizers and files go by the order."""
+    shared = type(module)  # by the copies of a model; removing takes the tensor off the class
+    module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
+    parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     setattr(module, name, nn.Parameter(value, requires_grad=False))
     held = module._parameters
     for key in (*order, *[k for k in held if k not in order]):
@@ -234,6 +241,9 @@ def strip(model: nn.Module) -> nn.Module:
         for key in [k for k, hook in module._forward_hooks.items() if hook is call_adapters]:
             del module._forward_hooks[key]
             module._forward_hooks_with_kwargs.pop(key, None)
+    for module in model.modules():
+        for key in [k for k, h in module._load_state_dict_pre_hooks.items() if getattr(h, "hook", None) is load_stored]:
+            del module._load_state_dict_pre_hooks[key]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(state.requires_grad.get(name, False))
         parameter.grad = None if not parameter.requires_grad else parameter.grad

@@ -50,6 +50,7 @@ class Graft:
     delta: Callable[..., Delta] | None = None
     merge: Callable[..., Tensor] | None = None
     encode: Callable[[Tensor], tuple[Tensor, ...]] | None = None
+    read: Callable[[Mapping[str, Any], str], tuple[Tensor, ...] | None] | None = None  # a foreign checkpoint
     tensor: str = "weight"
     shape: tuple[int, ...] = ()  # of that tensor, as the module stores it
     rows: tuple[int, int] | None = None

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from rewrite.errors import RewriteError
@@ -76,7 +75,6 @@ def merge(model: nn.Module) -> nn.Module:
 def _densify(module: nn.Module, name: str, order: Sequence[str]) -> None:
     """Replace a parametrised tensor by what it evaluates to, as an ordinary parameter."""
     dense = getattr(module, name).detach().clone(memory_format=torch.contiguous_format)
-    parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     put_back(module, name, dense, order)
 
 

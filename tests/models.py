@@ -95,13 +95,16 @@ def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, **change
     return model.to(dtype)
 
 
-def batch(name: str, rows: int = 2, tokens: int = 9, seed: int = 1, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+def batch(
+    name: str, rows: int = 2, tokens: int = 9, seed: int = 1, dtype: torch.dtype = torch.float64
+) -> dict[str, Any]:
     """Inputs with labels for the model of that name."""
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (rows, tokens), generator=g)
     classes = torch.randint(0, 2, (rows,), generator=g)
     if name == "vit":
-        return {"pixel_values": torch.randn(rows, 3, 32, 32, generator=g, dtype=torch.float64).to(dtype), "labels": classes}
+        pixels = torch.randn(rows, 3, 32, 32, generator=g, dtype=torch.float64)
+        return {"pixel_values": pixels.to(dtype), "labels": classes}
     if name == "bert":
         return {"input_ids": ids, "labels": classes}
     if name == "t5":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from rewrite.codegen import nf4, storage
+from rewrite.codegen import bitsandbytes_format, nf4, storage
+from rewrite.errors import RewriteError
 from rewrite.method import Method, Tensor, arg
 from rewrite.sites import Site
 
@@ -34,3 +37,14 @@ class Nf4(Method):
 
     def layout(self, site: Site) -> storage.Nf4:
         return storage.Nf4((site.out_features, site.in_features), site.dtype, self.block)
+
+    def read(self, state: Mapping[str, Any], name: str) -> tuple[Tensor, ...] | None:
+        if name not in bitsandbytes_format.names(state):
+            return None
+        found = bitsandbytes_format.read(state, name)
+        if found.blocksize != self.block or (self.double_quant and found.nested is None):
+            written = f"nf4(block={found.blocksize}, double_quant={str(found.nested is not None).lower()})"
+            raise RewriteError(f"{name} was quantised as {written}, this model stores it as {self}: attach with that")
+        if self.double_quant and found.nested is not None:
+            return found.codes, found.absmax, found.nested.absmax, found.nested.code, found.nested.offset
+        return found.codes, found.scales()

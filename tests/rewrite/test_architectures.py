@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,16 @@ from tests.models import (
     traces,
 )
 
-EVERY = [pytest.param(name, spec, id=f"{name}-{key}") for name, (key, spec) in itertools.product(BUILDERS, SPECS.items())]
+EVERY = [
+    pytest.param(name, spec, id=f"{name}-{key}") for name, (key, spec) in itertools.product(BUILDERS, SPECS.items())
+]
 EXACT = SPECS["lora"], SPECS["dropout"]  # start at B = 0: nothing at all is added
 ONE_EACH = list(zip(BUILDERS, itertools.cycle(SPECS.values()), strict=False))
 
 
 @pytest.fixture(autouse=True)
-def fresh_counters() -> Iterator[None]:
+def fresh_counters() -> None:
     counters.clear()
-    yield
 
 
 def logits(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:

@@ -1,0 +1,309 @@
+"""One contract for every registered method, on rectangular odd-sized layers; no method is named here.
+
+Each method is tried with its defaults and with every argument changed on its own, as its dataclass describes them.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import rewrite
+from rewrite import lower
+from rewrite.bind import Argument, arguments
+from rewrite.runtime import attach as attaching
+from tests.models import assert_close, assert_same, changed, disturb, frozen, gradients, traces
+
+SITES = {"linear": "linear", "norm": "norm", "embedding": "embed", "conv": "conv", "other": '"gain"'}
+
+
+class Gain(nn.Module):
+    """A module of no known kind."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
+class Net(nn.Module):
+    """One place of every kind; no two sizes are equal, none is even."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(23, 19)
+        self.first = nn.Linear(19, 13, bias=bias)
+        self.norm = nn.LayerNorm(13)
+        self.conv = nn.Conv1d(13, 17, 3, padding=1, bias=bias)
+        self.gain = Gain(17)
+        self.second = nn.Linear(17, 11, bias=bias)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.first(self.embed(ids))).transpose(1, 2)
+        return self.second(self.gain(F.gelu(self.conv(x).transpose(1, 2))))
+
+
+def build(bias: bool, dtype: torch.dtype = torch.float64) -> Net:
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return Net(bias).to(dtype).eval()
+
+
+def ids(rows: int = 3, tokens: int = 5) -> torch.Tensor:
+    return torch.randint(0, 23, (rows, tokens), generator=torch.Generator().manual_seed(8))
+
+
+def variants(cls: type) -> Iterator[str]:
+    """The arguments of a method as the spec spells them: none, and each of them at other values."""
+    yield ""
+    for argument in arguments(cls):
+        for value in others(argument):
+            yield f"{argument.name}={value}"
+
+
+def others(argument: Argument) -> Iterator[str]:
+    """Values of an argument that are not its default."""
+    known = argument.choices or ()
+    yield from (name for name in known if not is_default(argument, name))
+    if isinstance(known, Mapping):
+        for name, cls in known.items():
+            yield from (f"{name}({inner})" for inner in variants(cls) if inner)
+    options = set(argument.wants.split(" or "))
+    if "true or false" in argument.wants:
+        yield str(not argument.default).lower()
+    if {"an int", "a float"} & options:
+        low, high = argument.limits.get("low"), argument.limits.get("high")
+        number = int(low or 2) if "an int" in options else min(0.5, high or math.inf)
+        if number != argument.default:
+            yield str(number)
+    for option in options:
+        if option.startswith("one of ") and not known:
+            yield from (name for name in option.removeprefix("one of ").split(", ") if name != argument.default)
+
+
+def is_default(argument: Argument, name: str) -> bool:
+    default = argument.default
+    return name == default or (isinstance(argument.choices, Mapping) and type(default) is argument.choices[name])
+
+
+SPECS = [
+    f"{name}({args})@{','.join(SITES[kind] for kind in sorted(cls.kinds))}"
+    for name, cls in rewrite.methods().items()
+    for args in variants(cls)
+]
+every_spec = pytest.mark.parametrize("spec", SPECS)
+with_and_without_bias = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+
+
+def attached(spec: str, bias: bool, dtype: torch.dtype = torch.float64) -> Net:
+    torch.manual_seed(9)
+    model = build(bias, dtype)
+    assert disturb(rewrite.attach(model, spec)) is model
+    return model
+
+
+def materialised(model: Net, base: Net) -> dict[str, torch.Tensor]:
+    """The tensors of the adapted function by the base's names, as differentiable expressions of the adapters."""
+    found = dict(base.named_parameters())
+    for graft in attaching.require(model).grafts:
+        module, weight = model.get_submodule(graft.path), f"{graft.path}.{graft.tensor}"
+        if graft.where == "train":
+            found |= {f"{graft.path}.{name}": module.get_parameter(name) for name in graft.slots}
+        elif graft.where == "output":
+            assert graft.delta is not None
+            update = graft.delta(*attaching.adapter_of(module, graft).tensors().values())
+            found[weight] = found[weight] + update.materialise()
+            shift, bias = update.shift(), found.get(f"{graft.path}.bias")
+            if shift is not None:
+                found[f"{graft.path}.bias"] = shift if bias is None else bias + shift
+        else:
+            found[weight] = getattr(module, graft.tensor)
+    return found
+
+
+def run(base: Net, tensors: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """`base` with other tensors; a bias that it does not have is registered first."""
+    base = copy.deepcopy(base)
+    for name, value in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        if base.get_submodule(path)._parameters.get(leaf) is None:
+            base.get_submodule(path).register_parameter(leaf, nn.Parameter(torch.zeros_like(value)))
+    return torch.func.functional_call(base, dict(tensors), (x,))
+
+
+def test_every_method_and_argument_is_tried():
+    for name, cls in rewrite.methods().items():
+        tried = [s for s in SPECS if s.startswith(f"{name}(")]
+        assert all(any(f"{argument.name}=" in s for s in tried) for argument in arguments(cls))
+        assert dataclasses.is_dataclass(cls)
+
+
+@every_spec
+def test_the_spec_prints_and_parses_back(spec: str):
+    parsed = rewrite.parse(spec)
+    assert rewrite.parse(str(parsed)) == parsed
+    assert str(rewrite.parse(str(parsed))) == str(parsed)
+
+
+@with_and_without_bias
+@every_spec
+def test_identity_at_step_0(spec: str, bias: bool):
+    model, base = build(bias), build(bias)
+    placements = rewrite.plan(model, spec).placements
+    for placed in placements:
+        if placed.method.view() == "storage":  # as near as the format comes
+            weight = base.get_parameter(f"{placed.site.path}.weight")
+            layout = placed.method.layout(placed.site)
+            weight.data = layout.decode(*placed.method.encode(weight.detach()))
+    assert all(p.method.identity for p in placements)
+    rewrite.attach(model, spec)
+    assert_close(model(ids()), base(ids()), 1e-12)
+
+
+@with_and_without_bias
+@every_spec
+def test_factored_equals_materialised_with_every_gradient(spec: str, bias: bool):
+    model, base = attached(spec, bias), build(bias)
+    base.requires_grad_(False)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    factored, dense = model(ids()), run(base, materialised(model, base), ids())
+    assert_close(factored, dense)
+    if not trained:  # storage alone
+        assert not factored.requires_grad
+        return
+    seed = torch.randn(factored.shape, dtype=factored.dtype, generator=torch.Generator().manual_seed(11))
+    wanted = torch.autograd.grad(dense, list(trained.values()), seed)
+    factored.backward(seed)
+    found = gradients(model)
+    assert_same(found, dict(zip(trained, wanted, strict=True)))
+    assert all(bool(gradient.any()) for gradient in found.values())
+
+
+@with_and_without_bias
+@every_spec
+def test_only_what_the_method_trains_gets_a_gradient(spec: str, bias: bool):
+    model = build(bias)
+    planned = rewrite.plan(model, spec)
+    base = dict(model.named_parameters())
+    trained = {
+        f"{p.site.path}.{name}" for p in planned.placements if p.method.trains for name, _ in p.site.place.tensors
+    }
+    rewrite.attach(model, spec)
+    assert {name for name, p in base.items() if p.requires_grad} == trained
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert count == planned.trainable
+
+
+@with_and_without_bias
+@every_spec
+def test_merged_equals_unmerged_and_is_plain(spec: str, bias: bool):
+    model, base = attached(spec, bias), build(bias)
+    expected = model(ids())
+    rewrite.merge(model)
+    assert_close(model(ids()), expected)
+    assert traces(model) == []
+    assert type(model.first) is nn.Linear
+    shifts = {name for name in model.state_dict() if name not in base.state_dict()}
+    assert shifts <= {"first.bias", "second.bias"}  # of a method that shifts where there was no bias
+    assert [n for n in model.state_dict() if n not in shifts] == list(base.state_dict())
+
+
+@with_and_without_bias
+@every_spec
+def test_remove_gives_the_base_back_bit_for_bit(spec: str, bias: bool):
+    model, base = attached(spec, bias), build(bias)
+    rewrite.remove(model)
+    assert changed(frozen(base), frozen(model)) == []
+    assert list(model.state_dict()) == list(base.state_dict())
+    assert traces(model) == []
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@with_and_without_bias
+@every_spec
+def test_saved_and_loaded_is_equal(spec: str, bias: bool, tmp_path: Path):
+    model = attached(spec, bias)
+    rewrite.save(model, tmp_path)
+    onto_base = rewrite.load(build(bias), tmp_path)
+    torch.manual_seed(12)
+    in_place = rewrite.load(rewrite.attach(build(bias), spec), tmp_path)
+    for loaded in (onto_base, in_place):
+        assert torch.equal(loaded(ids()), model(ids()))
+        assert changed(frozen(loaded), frozen(model)) == []
+
+
+@with_and_without_bias
+@every_spec
+def test_compiled_equals_eager(spec: str, bias: bool):
+    model = attached(spec, bias)
+    rewrite.compile(rewrite.remove(model), spec, backend="eager")
+    disturb(model).train()
+    trains = any(p.requires_grad for p in model.parameters())
+
+    def outcome(call: Callable[..., torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        torch.manual_seed(13)  # of a dropout
+        y = call(x)
+        if trains:
+            (y * y).sum().backward()
+        return y, gradients(model)
+
+    for x in (ids(), ids(2, 7), ids(1, 1), ids(0, 5)):
+        y, found = outcome(model, x)
+        expected, wanted = outcome(model.forward, x)
+        assert_close(y, expected)
+        assert_same(found, wanted)
+
+
+@with_and_without_bias
+@every_spec
+@pytest.mark.parametrize("shape", [(1, 1), (0, 5), (1, 7)], ids=["one-token", "empty-batch", "one-row"])
+def test_every_shape_of_input(spec: str, bias: bool, shape: tuple[int, int]):
+    model, base = attached(spec, bias), build(bias)
+    y = model(ids(*shape))
+    assert y.shape == (*shape, 11)
+    assert_close(y, run(base, materialised(model, base), ids(*shape)))
+
+
+@with_and_without_bias
+@every_spec
+def test_bfloat16_base(spec: str, bias: bool):
+    model, base = attached(spec, bias, torch.bfloat16), build(bias, torch.bfloat16)
+    added = {n: v.dtype for n, v in attaching.adapter_state(model).items() if ".adapters." in n}
+    assert set(added.values()) <= {torch.float32}
+    assert model(ids()).dtype == torch.bfloat16
+
+    expected = {n: v.detach().double() for n, v in base.named_parameters()}
+    for graft in attaching.require(model).grafts:  # each merged weight is the exact sum, rounded once
+        module, name = model.get_submodule(graft.path), f"{graft.path}.{graft.tensor}"
+        if graft.where == "train":
+            expected |= {f"{graft.path}.{slot}": module.get_parameter(slot).detach().double() for slot in graft.slots}
+        elif graft.delta is None:
+            expected[name] = getattr(module, graft.tensor).detach().double()
+        else:
+            update = graft.delta(*(t.detach().double() for t in attaching.adapter_of(module, graft).tensors().values()))
+            expected[name] = expected[name] + update.materialise()
+            if (shift := update.shift()) is not None:
+                expected[f"{graft.path}.bias"] = expected.get(f"{graft.path}.bias", 0) + shift
+    rewrite.merge(model)
+    assert changed({n: v.to(torch.bfloat16) for n, v in expected.items()}, frozen(model)) == []
+
+
+def test_lowering_is_shared_by_all_sites_of_a_clause():
+    for spec in SPECS:
+        grafts = lower.grafts(rewrite.plan(build(True), spec))
+        by_kind: dict[Any, set[int]] = {}
+        for graft in grafts:
+            if graft.where == "output":
+                by_kind.setdefault((graft.label, tuple(graft.slots)), set()).add(id(graft.op))
+        assert all(len(ops) == 1 for ops in by_kind.values())
