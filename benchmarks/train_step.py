@@ -110,7 +110,8 @@ def main() -> None:
     times = measure(steps, args.rounds, args.warmup)
     found = {f"/ {base}": ratios(times, base) for base in (OURS, "frozen base")}
     print(f"Llama {args.layers} x {args.hidden}, {args.batch} x {args.tokens} tokens, {args.dtype}, LoRA r{args.rank}")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}\n")
+    machine = platform.processor() or platform.machine()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {machine}\n")
     for base, table in found.items():
         for name, row in table.items():
             low, high = row["quartiles"]
@@ -118,7 +119,8 @@ def main() -> None:
             if args.pairs:
                 print("   " + " ".join(f"{p:.3f}" for p in row["pairs"]))
     if args.json:
-        args.json.write_text(json.dumps({"arguments": {k: str(v) for k, v in vars(args).items()}, "ratios": found}, indent=1))
+        settings = {name: str(value) for name, value in vars(args).items()}
+        args.json.write_text(json.dumps({"arguments": settings, "torch": torch.__version__, "ratios": found}, indent=1))
 
 
 def arguments() -> argparse.Namespace:

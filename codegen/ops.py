@@ -49,7 +49,7 @@ def adapted_linear(
     h (..., r), B (rows, r), its scale, and the output row where it starts.  Returns (..., d_out).
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, h, B = _cast(x, dtype), [_cast(t, dtype) for t in h], [_cast(t, dtype) for t in B]
         weight = [_cast(t, dtype) for t in weight] if layout == "dense" else weight
@@ -83,7 +83,7 @@ def _core_fake(x, weight, layout, bias, h, B, scale, start):
 
 
 def _core_setup(ctx, inputs, output):
-    x, weight, layout, bias, h, B, scale, start = inputs
+    _, weight, layout, _, h, B, scale, start = inputs
     if any(w.requires_grad for w in weight):
         raise RewriteError("adapted_linear has no gradient for its weight: the fuse pass must leave such a layer")
     ctx.save_for_backward(*weight, *h, *B)

@@ -42,7 +42,8 @@ def typed(name: str, kind: Kind, reference: Callable[..., Any]) -> Callable[...,
 
     node.__name__ = node.__qualname__ = name
     node.typed_op = TypedOp(name, kind, reference)  # type: ignore[attr-defined]
-    return torch.compiler.allow_in_graph(node)
+    torch.compiler.allow_in_graph(node)
+    return node
 
 
 def typed_op(target: object) -> TypedOp | None:

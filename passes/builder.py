@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.proxy import GraphAppendingTracer
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rewrite.passes.record import GraphRecord
@@ -46,7 +47,7 @@ class MetaProxy(fx.Proxy):
         return self.shape if dim is None else self.shape[dim]
 
 
-class _Tracer(fx.proxy.GraphAppendingTracer):
+class _Tracer(GraphAppendingTracer):
     def __init__(self, builder: Builder) -> None:
         super().__init__(builder.graph)
         self.builder = builder
@@ -97,7 +98,7 @@ class Builder:
 
     def proxy(self, value: Any) -> Any:
         """Nodes inside `value` as proxies."""
-        return fx.map_arg(value, self._tracer.proxy)
+        return fx.map_arg(value, self._tracer.proxy)  # type: ignore[arg-type]  # proxies stand in for nodes
 
     def note(self, text: str) -> None:
         """Tell the user something about the site at hand."""

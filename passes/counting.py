@@ -6,6 +6,7 @@ Works on fake values alone, at any size, without a device.  Symbolic sizes count
 from __future__ import annotations
 
 import operator
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,10 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import is_symbolic
 from torch.utils.flop_counter import flop_registry
+
+
+# What stands below an adapted module in a model is part of that module's computation.
+_GRAFTED = re.compile(r"\.(?:adapters|parametrizations)(?:\.|$).*")
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ def module_path(node: fx.Node) -> str:
     """Path of the module that a node of a joint or partitioned graph came from, '' where unknown."""
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     paths = [str(path) for path, _ in stack.values()]
-    return paths[-1].partition("].")[2] if paths else ""
+    return _GRAFTED.sub("", paths[-1].partition("].")[2]) if paths else ""
 
 
 def hint(size: Any) -> int:

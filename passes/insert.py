@@ -23,4 +23,5 @@ def is_typed(node: fx.Node) -> bool:
 def insert(r: Any, node: Any) -> Any:
     """typed(x, y, *theta)  ->  its definition in torch operators, e.g. y + linear(linear(x, A) * s, B)"""
     op = typed_op(node.node.target)
+    assert op is not None
     return op.reference(*r.proxy(node.node.args), **r.proxy(node.node.kwargs))

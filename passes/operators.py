@@ -6,13 +6,14 @@ import operator
 
 import torch
 import torch.nn.functional as F
+from torch._C import _nn  # type: ignore[attr-defined]  # where Dynamo finds F.linear and F.pad
 
 import rewrite.codegen.ops  # noqa: F401  (defines torch.ops.rewrite)
 from rewrite.passes.pattern import Op
 
 aten = torch.ops.aten
 
-linear = Op("linear", ("input", "weight", "bias"), F.linear, torch._C._nn.linear, aten.linear.default)
+linear = Op("linear", ("input", "weight", "bias"), F.linear, _nn.linear, aten.linear.default)
 addmm = Op("addmm", ("input", "mat1", "mat2"), torch.addmm, aten.addmm.default)
 add = Op(
     "add",
@@ -24,7 +25,7 @@ add = Op(
     methods=("add", "add_"),
 )
 mul = Op("mul", ("input", "other"), operator.mul, torch.mul, aten.mul.Tensor, methods=("mul",))
-pad = Op("pad", ("input", "pad", "mode", "value"), F.pad, torch._C._nn.pad, aten.pad.default)
+pad = Op("pad", ("input", "pad", "mode", "value"), F.pad, _nn.pad, aten.pad.default)
 transpose = Op("t", ("input",), torch.t, aten.t.default, methods=("t",))
 decode = Op("decode", ("stored", "layout"), torch.ops.rewrite.decode, torch.ops.rewrite.decode.default)
 adapted_linear = Op(

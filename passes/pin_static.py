@@ -18,6 +18,7 @@ from rewrite.passes.record import Edit, PassRecord
 
 aten = torch.ops.aten
 _MOVES = {aten._to_copy.default, aten.cat.default, aten.clone.default, aten.contiguous.default}
+_SOURCE = "passes/pin_static.py"
 _EQUATION = "save(f(frozen weights))  ->  recompute f(frozen weights) in the backward"
 
 
@@ -54,4 +55,5 @@ def _edit(node: fx.Node) -> Edit:
     value = node.meta.get("val")
     shape = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
     text = f"{node.name} = {str(node.target).removeprefix('aten.').removesuffix('.default')}  # {shape}"
-    return Edit("pin_static", module_path(node), _EQUATION, "passes/pin_static.py", (f"save {text}",), (f"recompute {text}",))
+    before, after = (f"save {text}",), (f"recompute {text}",)
+    return Edit("pin_static", module_path(node), _EQUATION, _SOURCE, before, after)

@@ -15,7 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 
-def splice(graph: fx.Graph, function: Callable[..., Any], inputs: Sequence[fx.Node], after: fx.Node, rule: str) -> fx.Node:
+def splice(
+    graph: fx.Graph, function: Callable[..., Any], inputs: Sequence[fx.Node], after: fx.Node, rule: str
+) -> fx.Node:
     """Insert `function(*inputs)` behind `after` as ATen nodes; returns the node of its result."""
     values = [node.meta["val"] for node in inputs]
     mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))

@@ -8,14 +8,13 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from rewrite import inventory, lower
-from rewrite import plan as planning
+from rewrite import inventory, lower, planning
 from rewrite.bind import canonical
 from rewrite.errors import RewriteError
 from rewrite.method import Method
 from rewrite.methods import registry
 from rewrite.parser import parse as parse_text
-from rewrite.plan import Plan
+from rewrite.planning import Plan
 from rewrite.runtime import attach as attaching
 from rewrite.runtime import checkpoint, compiled, export
 from rewrite.runtime.adapter import ADAPTERS

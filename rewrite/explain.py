@@ -14,7 +14,7 @@ from torch import nn
 from rewrite.methods import registry
 from rewrite.parser import parse
 from rewrite.passes.record import GraphRecord, PassRecord, group, summarise
-from rewrite.plan import placement_table
+from rewrite.planning import placement_table
 from rewrite.runtime.attach import Attachment, CompiledCallBase, attachment
 from rewrite.runtime.captures import records_of
 from rewrite.runtime.graft import Graft

@@ -91,7 +91,8 @@ def take_exported(program: ExportedProgram) -> Inventory:
     for path, cls in types.items():
         parent, _, leaf = path.rpartition(".")
         if leaf.isdigit():
-            lists.setdefault(parent, []).append(cls.__name__ if cls else "")
+            inner = any(p.startswith(f"{path}.") for p in types)
+            lists.setdefault(parent, []).append(cls.__name__ if cls and inner else "")
     root = getattr(types.get(""), "__name__", "") or "exported program"
     return Inventory(root, tuple(places), block_lists(lists), frozenset(lists), None)
 
@@ -147,18 +148,17 @@ def _uncalled(model: nn.Module) -> set[str]:
 
 
 def _lists(model: nn.Module) -> dict[str, list[str]]:
-    """Element types of every list of modules, by path."""
+    """Element types of every list of modules, by path; '' for an element that holds no modules itself."""
     return {
-        path: [type(m).__name__ for m in module]
+        path: [type(m).__name__ if any(m.children()) else "" for m in module]
         for path, module in model.named_modules()
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and path
     }
 
 
 def block_lists(lists: dict[str, list[str]]) -> tuple[str, ...]:
-    """The outermost lists whose elements are mostly of one type, none of which is a plain layer of torch."""
-    plain = set(vars(nn)) | {"Conv1D"}
-    found = [p for p, types in lists.items() if types and not plain & set(types) and _alike(types)]
+    """The outermost lists of composed modules, most of one type: a list of single layers is no list of blocks."""
+    found = [p for p, types in lists.items() if types and all(types) and _alike(types)]
     return tuple(p for p in found if not any(p.startswith(f"{q}.") for q in found))
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import rewrite.codegen.ops  # noqa: F401  (defines torch.ops.rewrite)
 from rewrite.codegen.typed import typed
 from rewrite.method import Method, Param
-from rewrite.plan import Placement, Plan
+from rewrite.planning import Placement, Plan
 from rewrite.runtime.graft import Graft, Slot
 from rewrite.sites import Site
 

@@ -97,7 +97,7 @@ class Method:
         """Why this method cannot stand at a site, or None."""
         return None
 
-    def delta(self, **theta: Tensor) -> Delta:
+    def delta(self, **theta: Any) -> Delta:
         """A structured update of the weight."""
         raise NotImplementedError
 

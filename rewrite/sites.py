@@ -61,7 +61,7 @@ class Site:
 
     @property
     def in_features(self) -> int:
-        return self.place.shape[1] if len(self.place.shape) > 1 else self.place.shape[0]
+        return self.place.shape[min(1, len(self.place.shape) - 1)]
 
     @property
     def out_features(self) -> int:

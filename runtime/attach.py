@@ -223,7 +223,7 @@ def _restore(module: nn.Module, graft: Graft, state: Attachment) -> None:
 def put_back(module: nn.Module, name: str, value: Tensor, order: Sequence[str]) -> None:
     """Replace the parametrised `name` by the parameter `value`, in its place: optimizers and files go by the order."""
     shared = type(module)  # by the copies of a model; removing takes the tensor off the class
-    module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
+    module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))  # type: ignore[assignment]
     parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     setattr(module, name, nn.Parameter(value, requires_grad=False))
     held = module._parameters

@@ -92,12 +92,12 @@ def _inductor(
     options: dict[str, Any],
 ) -> Callable[..., Any]:
     # Imported here: Inductor takes a second to load, and `import rewrite` should not.
-    import torch._inductor as inductor
+    from torch._inductor import config, list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    patches = dict(inductor.list_mode_options(mode)) if mode and mode != "default" else {}
+    patches = dict(list_mode_options(mode)) if mode and mode != "default" else {}
     patches |= options
     if record.passes:
         patches["custom_partitioner_fn"] = Partitioner(record)
-    with torch._inductor.config.patch(patches):
+    with config.patch(patches):
         return compile_fx(gm, inputs)  # type: ignore[arg-type]

@@ -37,6 +37,8 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
         new.meta["site"] = site_of(old)
     new_gm = fx.GraphModule(gm, graph)
     new_gm.meta = dict(gm.meta)
+    # By this attribute AOTAutograd knows a graph of Dynamo's, and without it which inputs are parameters.
+    new_gm._param_name_to_source = gm._param_name_to_source  # type: ignore[attr-defined]
     _rename(graph)
     return new_gm
 
@@ -57,7 +59,7 @@ def path_of(node: fx.Node) -> str:
     if source is None:
         return ""
     name = source.name() if callable(source.name) else source.name
-    return _path(name)
+    return _path(str(name))
 
 
 def _path(source: str) -> str:

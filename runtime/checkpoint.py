@@ -23,6 +23,7 @@ from torch import nn
 from rewrite.errors import RewriteError
 from rewrite.runtime.adapter import ADAPTERS
 from rewrite.runtime.attach import adapter_state, attachment, require
+from rewrite.runtime.files import write
 from rewrite.version import __version__
 
 TENSORS, CONFIG = "adapter.safetensors", "rewrite.json"
@@ -54,8 +55,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     }
     try:
         place.mkdir(parents=True, exist_ok=True)
-        _write(place / TENSORS, to_bytes(_untied(tensors), metadata={"format": "pt"}))
-        _write(place / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+        write(place / TENSORS, to_bytes(_untied(tensors), metadata={"format": "pt"}))
+        write(place / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     except OSError as error:
         raise RewriteError(f"cannot save the adapter to {place}: {error}") from error
 
@@ -68,19 +69,6 @@ def _untied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         out[name] = value.clone() if value.data_ptr() in seen else value
         seen.add(value.data_ptr())
     return out
-
-
-def _write(file: Path, data: bytes) -> None:
-    """Whole or not at all: write beside, flush to disk, rename."""
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read(folder: str | os.PathLike[str]) -> Checkpoint:

@@ -26,49 +26,57 @@ from transformers import (
 )
 
 VOCABULARY = 100
-_SIZES: dict[str, int] = {
+_SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
-_DECODER: dict[str, int] = {**_SIZES, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
+_DECODER: dict[str, Any] = {**_SIZES, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
+_QWEN3: dict[str, Any] = {**_DECODER, "head_dim": 16}
+_GPT2: dict[str, Any] = {
+    **{"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": VOCABULARY},
+    **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2},
+}
+_BERT: dict[str, Any] = {
+    **{**_SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 64},
+    **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+}
+_VIT: dict[str, Any] = {**_SIZES, "image_size": 32, "patch_size": 8}
+_T5: dict[str, Any] = {
+    **{"d_model": 64, "d_ff": 96, "d_kv": 12, "num_layers": 2, "num_heads": 4, "vocab_size": VOCABULARY},
+    **{"dropout_rate": 0.0, "decoder_start_token_id": 0},
+}
 
 
 def llama(**changes: Any) -> nn.Module:
     """Grouped keys and values, a gated feed-forward, an untied head."""
-    return LlamaForCausalLM(LlamaConfig(**(_DECODER | changes)))
+    return LlamaForCausalLM(LlamaConfig(**{**_DECODER, **changes}))
 
 
 def qwen3(**changes: Any) -> nn.Module:
     """As Llama, with norms on queries and keys."""
-    return Qwen3ForCausalLM(Qwen3Config(**(_DECODER | {"head_dim": 16} | changes)))
+    return Qwen3ForCausalLM(Qwen3Config(**{**_QWEN3, **changes}))
 
 
 def gpt2(**changes: Any) -> nn.Module:
     """`Conv1D` layers, a fused query-key-value projection, a tied head."""
-    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": VOCABULARY}
-    drops = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return GPT2LMHeadModel(GPT2Config(**(sizes | drops | {"bos_token_id": 1, "eos_token_id": 2} | changes)))
+    return GPT2LMHeadModel(GPT2Config(**{**_GPT2, **changes}))
 
 
 def bert(**changes: Any) -> nn.Module:
     """An encoder with a classifier on its first token."""
-    drops = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    sizes = {**_SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 64}
-    return BertForSequenceClassification(BertConfig(**(sizes | drops | changes)))
+    return BertForSequenceClassification(BertConfig(**{**_BERT, **changes}))
 
 
 def vit(**changes: Any) -> nn.Module:
     """Images of 32 x 32 in patches of 8 x 8, with a classifier."""
-    return ViTForImageClassification(ViTConfig(**(_SIZES | {"image_size": 32, "patch_size": 8} | changes)))
+    return ViTForImageClassification(ViTConfig(**{**_VIT, **changes}))
 
 
 def t5(**changes: Any) -> nn.Module:
     """An encoder and a decoder with cross attention; the head shares the embedding."""
-    sizes = {"d_model": 64, "d_ff": 96, "d_kv": 12, "num_layers": 2, "num_heads": 4, "vocab_size": VOCABULARY}
-    rest = {"dropout_rate": 0.0, "decoder_start_token_id": 0}
-    return T5ForConditionalGeneration(T5Config(**(sizes | rest | changes)))
+    return T5ForConditionalGeneration(T5Config(**{**_T5, **changes}))
 
 
 BUILDERS: Mapping[str, Callable[..., nn.Module]] = {
@@ -150,6 +158,7 @@ def assert_close(left: torch.Tensor, right: torch.Tensor, tolerance: float = 1e-
     assert left.dtype == right.dtype, name
     if not right.numel():
         return
+    left, right = left.detach(), right.detach()
     scale = right.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
     error = float((left - right).abs().max() / scale)
     assert error <= tolerance, f"{name}: {error:.2e} relative to its largest entry"

@@ -110,7 +110,7 @@ class Lora(Method):
             return f"r={self.r} is more than the rank {limit} of its weight, which init={self.init} needs"
         return None
 
-    def delta(
+    def delta(  # pyright: ignore[reportIncompatibleMethodOverride]  # each method names its own tensors
         self,
         A: Tensor,
         B: Tensor,

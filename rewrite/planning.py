@@ -122,7 +122,7 @@ def resolve(inventory: Inventory, text: str | Spec, parameters: int = 0) -> Plan
         raise resolver.error(bound[0].clause, f"{inventory.model} has no parameters: there is nothing to adapt")
     placements: list[Placement] = []
     trained = [b for b in bound if b.method.trains]
-    taken = {s.path for b in trained for s in resolver.select(b.clause.sites, b)}
+    taken = {s.path for b in trained for s in resolver.select(b.sites, b)}
     for b in bound:
         placements += resolver.place(b, taken, placements)
     return Plan(inventory.model, str(canonical_spec), tuple(placements), tuple(resolver.notes), parameters)
@@ -137,9 +137,8 @@ class _Resolver:
     def error(self, at: Term | Clause, message: str, hint: str = "") -> ResolveError:
         return ResolveError(message, self.source, at.span[0], at.span[1], hint)
 
-    def select(self, selector: Selector | None, bound: Bound) -> list[Site]:
+    def select(self, selector: Selector, bound: Bound) -> list[Site]:
         """The sites that a selector names, in the model's order, that the method can stand at."""
-        assert selector is not None, "bind gives every clause its sites"
         chosen: dict[int, Site] = {}
         for term in selector.terms:
             matched = self.matches(term, bound)
@@ -207,8 +206,8 @@ class _Resolver:
     def place(self, bound: Bound, trained: set[str], before: list[Placement]) -> list[Placement]:
         """The placements of one clause, checked against the method and the clauses before it."""
         clause, method = bound.clause, bound.method
-        chosen = self.select(clause.sites, bound)
-        if any(t.text == "base" for t in clause.sites.terms if not t.minus) and not method.trains:
+        chosen = self.select(bound.sites, bound)
+        if any(t.text == "base" for t in bound.sites.terms if not t.minus) and not method.trains:
             chosen = [s for s in chosen if s.path not in trained]
         placed = []
         for site in chosen:

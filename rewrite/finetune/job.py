@@ -1,0 +1,153 @@
+"""finetune: from a base model, text and a spec to an adapter on disk that is measured and checked.
+
+Everything that can be wrong with the request is found before training begins (`rewrite.finetune.request`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import rewrite
+from rewrite.errors import RewriteError
+from rewrite.finetune import bases, checks
+from rewrite.finetune.bases import Base
+from rewrite.finetune.checks import Check
+from rewrite.finetune.request import Job, Request, prepare
+from rewrite.finetune.training import Curve, evaluate, train
+from rewrite.runtime.merge import merge_report
+from rewrite.table import duration, share, table
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Result:
+    """What came out: losses in nats per token on held-out text, seconds, counts of parameters, and the checks."""
+
+    spec: str
+    base_loss: float
+    loss: float
+    trainable: int
+    parameters: int
+    step_seconds: float
+    first_step_seconds: float
+    losses: list[float]
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def holds(self) -> bool:
+        """Whether every form of the model computed the same function."""
+        return all(check.holds for check in self.checks)
+
+
+def finetune(job: Job, say: Say = print) -> Result:
+    """Do the job and `say` each result as soon as it is known.
+
+    Writes the adapter (`adapter.safetensors`, `rewrite.json`), `diff.html` and `result.json` to `job.out`.
+    Raises `rewrite.Error`, before any training, where the request cannot be met.
+
+    Example: `finetune(Job(out="adapter", model="llama/", data="notes/", spec="lora(r=16)@linear-head"))`
+    """
+    request = prepare(job)
+    base = _base(job, say)
+    say("\n".join([f"base     {base.about}", *request.lines, ""]))
+    held, model = request.blocks.held, base.model
+    base_loss = evaluate(model, held, job.batch, "base")
+    before = checks.logits(model, held[:2], compiled=False)
+    torch.manual_seed(job.seed)
+    parameters = sum(p.numel() for p in model.parameters())
+    rewrite.compile(model, job.spec, backend=job.backend, dynamic=False)
+    curve = _adapt(job, request, model)
+    result = Result(
+        spec=request.spec,
+        base_loss=base_loss,
+        loss=evaluate(model, held, job.batch, "adapted"),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        parameters=parameters,
+        step_seconds=curve.step,
+        first_step_seconds=curve.seconds[0],
+        losses=curve.losses,
+    )
+    say(_summary(result, job.steps))
+    say(f"\n{rewrite.report(model)}\n")
+    rewrite.save(model, job.out)
+    result.checks = _checks(job, base, held[: job.batch], before, say)
+    _write(job, "diff.html", lambda part: rewrite.diff(model).to_html(part))
+    text = json.dumps({"job": asdict(job), **asdict(result)}, indent=2)
+    _write(job, "result.json", lambda part: Path(part).write_text(text + "\n", encoding="utf-8"))
+    return result
+
+
+def _base(job: Job, say: Say) -> Base:
+    device = torch.device(job.device)
+    if job.model is not None:
+        return bases.load(job.model, device)
+    base, curve = bases.pretrain(job.pretrain_steps, job.seed, device)
+    say(f"pre-trained for {job.pretrain_steps} steps in {duration(sum(curve.seconds))}: loss {curve.losses[-1]:.3f}")
+    if job.save_base:
+        bases.save_base(base, job.save_base)
+        say(f"saved    the base model to {job.save_base}: use it again with --model {job.save_base}")
+    return base
+
+
+def _adapt(job: Job, request: Request, model: nn.Module) -> Curve:
+    return train(
+        model,
+        request.blocks.train,
+        steps=job.steps,
+        batch=job.batch,
+        learning_rate=job.learning_rate,
+        seed=job.seed,
+        progress="adapt",
+    )
+
+
+def _summary(result: Result, steps: int) -> str:
+    rows = [("held-out text", "loss", "perplexity")]
+    losses = {"base": result.base_loss, "adapted": result.loss}
+    rows += [(name, f"{loss:.4f}", f"{math.exp(min(loss, 700)):.3f}") for name, loss in losses.items()]
+    lines = table(rows, right={1, 2})
+    lines.append("")
+    part = share(result.trainable, result.parameters)
+    lines.append(f"trained  {result.trainable:,} parameters, {part} of {result.parameters:,}")
+    first = duration(result.first_step_seconds)
+    lines.append(f"step     {duration(result.step_seconds)}, median of {steps}; the first, with compilation, {first}")
+    return "\n".join(lines)
+
+
+def _checks(job: Job, base: Base, rows: torch.Tensor, before: torch.Tensor, say: Say) -> list[Check]:
+    """Is the adapter on disk, loaded or merged, the model that was trained; is the compiled one the eager one?"""
+    model, fresh = base.model, base.fresh()
+    adapted = checks.logits(model, rows, compiled=False)
+    compiled = checks.logits(model, rows, compiled=True)
+    reloaded = checks.logits(rewrite.load(fresh, job.out), rows, compiled=False)
+    merged = checks.logits(rewrite.merge(fresh), rows, compiled=False)
+    found = [
+        checks.compare("saved and loaded on a fresh base", reloaded, adapted),
+        checks.compare("merged into a plain model", merged, adapted),
+        checks.compare(f"compiled ({job.backend})", compiled, adapted),
+    ]
+    say(checks.listed(found, moved=checks.difference(adapted[: len(before)], before)))
+    say(f"{merge_report(fresh)}\n")
+    return found
+
+
+def _write(job: Job, name: str, write: Callable[[str], object]) -> None:
+    """A file of the output folder, whole or not at all."""
+    file = Path(job.out) / name
+    part = file.with_name(f".{os.getpid()}.{name}")
+    try:
+        write(str(part))
+        part.replace(file)
+    except OSError as error:
+        raise RewriteError(f"cannot write {file}: {error.strerror or error}") from error
+    finally:
+        part.unlink(missing_ok=True)

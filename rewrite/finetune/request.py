@@ -1,0 +1,113 @@
+"""What a fine-tuning is asked to do, and whether it can be done: every complaint comes from here, before training."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import rewrite
+from rewrite.errors import RewriteError
+from rewrite.finetune import bases, corpus
+from rewrite.finetune.corpus import Blocks, Text
+from rewrite.runtime.backend import check_backend
+
+DEFAULT_SPEC = "lora(r=8)@linear-head"
+_LENGTH = 256
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to fine-tune, on what, and where to: the arguments of `rewrite finetune`.
+
+    `model` and `data` are local paths, None the built-in ones.  `length` is in tokens, None as many as the model
+    takes up to 256.  `pretrain_steps` is for the built-in model, and `save_base` a new folder to keep it in.
+    """
+
+    out: str
+    model: str | None = None
+    data: str | None = None
+    spec: str = DEFAULT_SPEC
+    steps: int = 120
+    batch: int = 8
+    length: int | None = None
+    learning_rate: float = 3e-3
+    seed: int = 0
+    backend: str = "inductor"
+    device: str = "cpu"
+    pretrain_steps: int = 200
+    save_base: str | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A job that can be done: the canonical spec, the token blocks, and lines that say what will be done."""
+
+    spec: str
+    blocks: Blocks
+    lines: tuple[str, ...]
+
+
+def prepare(job: Job) -> Request:
+    """Check everything about a job that can be known before there is a model; raises `rewrite.Error`."""
+    rewrite.parse(job.spec)
+    check_backend(job.backend)
+    _check_device(job.device)
+    if job.save_base and job.model:
+        raise RewriteError("--save-base keeps the built-in base model, and --model names another")
+    if job.save_base and Path(job.save_base).exists():
+        raise RewriteError(f"--save-base {job.save_base} exists already: give a new folder")
+    skeleton = bases.skeleton(job.model, causal=True)
+    planned = rewrite.plan(skeleton, job.spec)
+    if not planned.trainable:
+        raise RewriteError(f"'{planned.spec}' trains nothing: add a method that does, such as lora(r=8)@attn.q,v")
+    length = _length(job, getattr(skeleton, "config", None))
+    texts = corpus.english() if job.data is None else corpus.read(job.data)
+    blocks = _blocks(job, texts, length, getattr(skeleton, "config", None))
+    _check_writable(Path(job.out))
+    return Request(planned.spec, blocks, tuple(_lines(job, planned.spec, texts, blocks)))
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise RewriteError(f"cannot use --device {name}: {str(error).splitlines()[0]}") from error
+
+
+def _length(job: Job, config: object) -> int:
+    longest = getattr(config, "max_position_embeddings", None)
+    if job.length is None:
+        return min(_LENGTH, longest or _LENGTH)
+    if longest is not None and job.length > longest:
+        raise RewriteError(f"--length {job.length} is more than the {longest} positions of this model")
+    return job.length
+
+
+def _blocks(job: Job, texts: list[Text], length: int, config: object) -> Blocks:
+    tokenizer = bases.byte_tokenizer() if job.model is None else bases.tokenizer_of(job.model)
+    tokens = corpus.tokenise(texts, tokenizer)
+    size = getattr(config, "vocab_size", None)
+    if size is not None and len(tokens) and int(tokens.max()) >= size:
+        raise RewriteError(f"the tokenizer in {job.model} gives token {int(tokens.max())}, the model knows {size}")
+    return corpus.split(tokens, length, job.batch, job.data or "pydoc_data.topics")
+
+
+def _check_writable(out: Path) -> None:
+    probe = out / f".{os.getpid()}.part"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RewriteError(f"cannot write to --out {out}: {error.strerror or error}") from error
+
+
+def _lines(job: Job, spec: str, texts: list[Text], blocks: Blocks) -> list[str]:
+    size = sum(len(text.text) for text in texts)
+    count, length = blocks.train.shape
+    lines = [f"spec     {spec}", f"data     {job.data or 'pydoc_data.topics'}: {len(texts):,} texts, {size:,} characters"]
+    lines += [f"note     {t.replaced:,} invalid bytes in {t.name} were replaced" for t in texts if t.replaced]
+    return [*lines, f"blocks   of {length} tokens: {count:,} to train on, {len(blocks.held):,} held out"]

@@ -1,0 +1,105 @@
+"""The loop: AdamW, linear warm-up and cosine decay, gradient clipping; and the loss on held-out blocks.
+
+Nothing here knows about adapters: it trains whatever parameters ask for gradients.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from rewrite.errors import RewriteError
+from rewrite.finetune.corpus import batches, spread
+
+_WARM_UP = 0.05  # share of the steps
+_FLOOR = 0.02  # of the learning rate at the end
+_CLIP = 1.0  # norm of all gradients together
+
+
+@dataclass
+class Curve:
+    """How a training went: the loss and the seconds of every step; the first step includes compilation."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def step(self) -> float:
+        """Median seconds of a step, the first one left out where there are more."""
+        return statistics.median(self.seconds[1:] or self.seconds)
+
+
+def train(
+    model: nn.Module,
+    blocks: torch.Tensor,
+    *,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    seed: int,
+    progress: str,
+    betas: tuple[float, float] = (0.9, 0.999),
+    weight_decay: float = 0.0,
+) -> Curve:
+    """Train the parameters that ask for gradients on `blocks` (count, length), in place.
+
+    Raises `RewriteError` when the loss is no longer a number.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
+    device, curve = trained[0].device, Curve()
+    model.train()
+    bar = tqdm(batches(blocks, batch, steps, seed), desc=progress, total=steps, unit="step", delay=2)
+    for rows in bar:
+        start = time.perf_counter()
+        rows = rows.to(device)
+        loss = model(input_ids=rows, labels=rows).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, _CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        curve.losses.append(float(loss))
+        curve.seconds.append(time.perf_counter() - start)
+        bar.set_postfix(loss=f"{curve.losses[-1]:.3f}", refresh=False)
+        if not math.isfinite(curve.losses[-1]):
+            raise RewriteError(f"the loss is {curve.losses[-1]} at step {len(curve.losses)}: try a smaller --lr")
+    return curve
+
+
+def rate(step: int, steps: int) -> float:
+    """The factor of the learning rate at a step: up in a line, then down a cosine.
+
+    >>> [round(rate(step, 100), 3) for step in (0, 4, 50, 99)]
+    [0.2, 1.0, 0.54, 0.02]
+    """
+    warm = max(1, math.ceil(_WARM_UP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    done = (step - warm) / max(1, steps - warm)
+    return _FLOOR + (1 - _FLOOR) * (1 + math.cos(math.pi * done)) / 2
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, held: torch.Tensor, batch: int, progress: str, limit: int = 64) -> float:
+    """Mean loss per token, in nats, over at most `limit` of the held-out blocks, evenly spread.
+
+    Every batch has the same shape: a short one is filled up with rows that do not count.
+    """
+    device = next(model.parameters()).device
+    rows = held[list(spread(len(held), min(limit, len(held))))]
+    model.eval()
+    total = 0.0
+    for part in tqdm(rows.split(batch), desc=progress, unit="batch", delay=2, leave=False):
+        ids = torch.cat([part, part[:1].expand(batch - len(part), -1)]).to(device)
+        labels = ids.clone()
+        labels[len(part) :] = -100
+        total += float(model(input_ids=ids, labels=labels).loss) * len(part)
+    return total / len(rows)

@@ -1,0 +1,191 @@
+"""The same adapter in HF PEFT with the same weights: logits, loss and every gradient are equal."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import rewrite
+from tests.models import assert_close, assert_same, batch, build, disturb, gradients
+
+peft = pytest.importorskip("peft")
+
+QV = {
+    "llama": ["q_proj", "v_proj"],
+    "qwen3": ["q_proj", "v_proj"],
+    "bert": ["query", "value"],
+    "vit": ["q_proj", "v_proj"],
+    "t5": ["q", "v"],
+}
+ALL_LINEAR = {
+    "llama": r".*_proj",
+    "qwen3": r".*_proj",
+    "gpt2": r".*\.(c_attn|c_proj|c_fc)",
+    "bert": r".*\.(query|key|value|dense)",
+    "vit": r"vit\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|fc1|fc2)",
+    "t5": r".*\.(q|k|v|o|wi|wo)",
+}
+NORMS = {"llama": ["input_layernorm", "post_attention_layernorm", "norm"], "gpt2": ["ln_1", "ln_2", "ln_f"]}
+
+CASES = [
+    *[(name, "lora(r=4)@attn.q,v", {"r": 4, "target_modules": targets}) for name, targets in QV.items()],
+    ("gpt2", "lora(r=4)@attn.qkv", {"r": 4, "target_modules": ["c_attn"]}),
+    *[(name, "lora(r=3)@linear", {"r": 3, "target_modules": targets}) for name, targets in ALL_LINEAR.items()],
+    ("llama", "lora(r=3)@linear", {"r": 3, "target_modules": "all-linear"}),
+    ("gpt2", "lora(r=3)@linear", {"r": 3, "target_modules": "all-linear"}),
+    ("llama", "lora(r=4, alpha=6)@attn.q,v", {"r": 4, "lora_alpha": 6, "target_modules": QV["llama"]}),
+    (
+        "qwen3",
+        "lora(r=4, alpha=6, scale=rs)@attn",
+        {"r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": r".*self_attn\.._proj"},
+    ),
+    ("bert", "lora(r=4, bias=true)@attn.q,v", {"r": 4, "lora_bias": True, "target_modules": QV["bert"]}),
+    (
+        "gpt2",
+        "lora(r=4, alpha=2, bias=true)@attn.qkv,ffn.up",
+        {"r": 4, "lora_alpha": 2, "lora_bias": True, "target_modules": ["c_attn", "c_fc"]},
+    ),
+    (
+        "bert",
+        "lora(r=4)@attn.q,v + full(head)",
+        {"r": 4, "target_modules": QV["bert"], "modules_to_save": ["classifier"]},
+    ),
+    (
+        "llama",
+        "lora(r=4)@attn.q,v + full(norm)",
+        {"r": 4, "target_modules": QV["llama"], "modules_to_save": NORMS["llama"]},
+    ),
+    (
+        "gpt2",
+        "lora(r=4)@attn.qkv + full(norm)",
+        {"r": 4, "target_modules": ["c_attn"], "modules_to_save": NORMS["gpt2"]},
+    ),
+    (
+        "llama",
+        "lora(r=4)@attn.q,v[1:]",
+        {"r": 4, "target_modules": QV["llama"], "layers_to_transform": [1]},
+    ),
+    ("t5", "lora(r=4)@linear-cross", {"r": 4, "target_modules": r"(?!.*EncDec).*\.(q|k|v|o|wi|wo)"}),
+    ("llama", "lora(r=4, dropout=0.3)@linear", {"r": 4, "lora_dropout": 0.3, "target_modules": "all-linear"}),
+    ("gpt2", "lora(r=4, dropout=0.3)@linear", {"r": 4, "lora_dropout": 0.3, "target_modules": "all-linear"}),
+]
+INITS = [
+    ("llama", "pissa", {"target_modules": r".*_proj"}),
+    ("qwen3", "olora", {"target_modules": r".*_proj"}),
+    ("bert", "pissa", {"target_modules": ALL_LINEAR["bert"]}),
+    ("gpt2", "olora", {"target_modules": ALL_LINEAR["gpt2"]}),
+]
+
+
+def peft_model(name: str, dtype: torch.dtype, **settings: Any) -> nn.Module:
+    model = build(name, dtype)
+    fan_in = {"fan_in_fan_out": True} if name == "gpt2" else {}
+    return peft.get_peft_model(model, peft.LoraConfig(**{"lora_alpha": settings["r"], **settings, **fan_in}))
+
+
+def peft_name(ours: str) -> str:
+    """Where PEFT keeps one of our parameters."""
+    found = re.fullmatch(r"(.*)\.adapters\.\w+\.(A|B|c)", ours)
+    if found is None:
+        path, _, leaf = ours.rpartition(".")
+        return f"base_model.model.{path}.modules_to_save.default.{leaf}"
+    path, slot = found.groups()
+    kind = {"A": "lora_A.default.weight", "B": "lora_B.default.weight", "c": "lora_B.default.bias"}[slot]
+    return f"base_model.model.{path}.{kind}"
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def copy_weights(ours: nn.Module, theirs: nn.Module) -> None:
+    """PEFT's trained tensors into ours; fails where one of the two trains what the other does not."""
+    source = trained(theirs)
+    names = {peft_name(name): p for name, p in trained(ours).items()}
+    assert names.keys() == source.keys()
+    with torch.no_grad():
+        for name, parameter in names.items():
+            parameter.copy_(source[name])
+
+
+def assert_equal(ours: nn.Module, theirs: nn.Module, inputs: dict[str, Any], tolerance: float) -> None:
+    outputs, found = [], []
+    for model in (ours, theirs):
+        torch.manual_seed(6)  # of the dropout
+        output = model.train()(**inputs)
+        output.loss.backward()
+        outputs.append(output)
+        found.append(gradients(model))
+    assert_close(outputs[0].logits, outputs[1].logits, tolerance)
+    assert_close(outputs[0].loss, outputs[1].loss, tolerance)
+    assert_same({peft_name(name): g for name, g in found[0].items()}, found[1], tolerance)
+    assert all(bool(gradient.any()) for gradient in found[0].values())
+
+
+@pytest.mark.parametrize(("name", "spec", "settings"), CASES)
+def test_equals_peft(name: str, spec: str, settings: dict[str, Any]):
+    theirs = disturb(peft_model(name, torch.float64, **settings))
+    ours = rewrite.attach(build(name), spec)
+    copy_weights(ours, theirs)
+    assert_equal(ours, theirs, batch(name), 1e-12)
+
+
+@pytest.mark.parametrize(("name", "spec", "settings"), [CASES[0], CASES[5]])
+def test_compiled_equals_peft(name: str, spec: str, settings: dict[str, Any]):
+    theirs = disturb(peft_model(name, torch.float64, **settings))
+    ours = rewrite.compile(build(name), spec, backend="aot_eager")
+    copy_weights(ours, theirs)
+    assert_equal(ours, theirs, batch(name), 1e-12)
+
+
+@pytest.mark.parametrize(("name", "init", "settings"), INITS)
+def test_initialisation_equals_peft(name: str, init: str, settings: dict[str, Any]):
+    # PEFT takes B A off the base weight and refuses float64 here; the function is the same.
+    theirs = peft_model(name, torch.float32, r=6, lora_alpha=9, init_lora_weights=init, **settings)
+    ours = rewrite.attach(build(name, torch.float32), f"lora(r=6, alpha=9, init={init})@linear")
+    source = trained(theirs)
+    factors = {peft_name(n): p for n, p in trained(ours).items()}
+    assert factors.keys() == source.keys()
+    for key in [k for k in factors if "lora_A" in k]:  # singular vectors have no sign of their own
+        other = key.replace("lora_A", "lora_B")
+        assert_close(factors[other] @ factors[key], source[other] @ source[key], 1e-5, key)
+
+    buffers = dict(ours.named_buffers())
+    for path, parameter in trained(ours).items():
+        buffers[f"{path}0"].copy_(source[peft_name(path)].detach())  # where PEFT starts, and what it took off
+        assert buffers[f"{path}0"].shape == parameter.shape
+    disturb(theirs)
+    copy_weights(ours, theirs)
+    inputs = batch(name, dtype=torch.float32)
+    assert_equal(ours, theirs, inputs, 1e-4)
+
+
+def test_a_part_of_a_fused_projection_is_peft_on_the_whole_of_it():
+    # PEFT cannot name attn.q in c_attn: its q,k,v share one A.  Ours with that A three times is the same function.
+    theirs = disturb(peft_model("gpt2", torch.float64, r=4, target_modules=["c_attn"]))
+    ours = rewrite.attach(build("gpt2"), "lora(r=4)@attn.q,k,v")
+    source = trained(theirs)
+    with torch.no_grad():
+        for name, parameter in trained(ours).items():
+            path, part, slot = re.fullmatch(r"(.*)\.adapters\.lora_([qkv])\.([AB])", name).groups()  # type: ignore[union-attr]
+            whole = source[f"base_model.model.{path}.lora_{slot}.default.weight"]
+            start = "qkv".index(part) * 64
+            parameter.copy_(whole if slot == "A" else whole[start : start + 64])
+    inputs = batch("gpt2")
+    left, right = ours(**inputs), theirs(**inputs)
+    assert_close(left.logits, right.logits, 1e-12)
+    left.loss.backward()
+    right.loss.backward()
+    ours_gradients, theirs_gradients = gradients(ours), gradients(theirs)
+    for layer in range(2):
+        path = f"transformer.h.{layer}.attn.c_attn"
+        parts = [f"{path}.adapters.lora_{part}" for part in "qkv"]
+        whole = f"base_model.model.{path}.lora_"
+        A = torch.stack([ours_gradients[f"{p}.A"] for p in parts]).sum(0)
+        B = torch.cat([ours_gradients[f"{p}.B"] for p in parts])
+        assert_close(A, theirs_gradients[f"{whole}A.default.weight"], 1e-12)
+        assert_close(B, theirs_gradients[f"{whole}B.default.weight"], 1e-12)
