@@ -15,7 +15,6 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import is_symbolic
 from torch.utils.flop_counter import flop_registry
 
-
 # What stands below an adapted module in a model is part of that module's computation.
 _GRAFTED = re.compile(r"\.(?:adapters|parametrizations)(?:\.|$).*")
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from rewrite.codegen.typed import typed_op
 from rewrite.errors import RewriteError
 from rewrite.passes.batch import batch
 from rewrite.passes.canonical import CANONICAL
@@ -48,6 +49,7 @@ def run(gm: fx.GraphModule, record: GraphRecord, pipeline: tuple[Pass, ...] = PI
 
     Returns `record` with one `PassRecord` per pass, the programs before and after, and notes on fallbacks.
     """
+    drop_unread(gm.graph)
     record.nodes_before, record.before = len(gm.graph.nodes), program(gm.graph, "captured")
     dump(record, 0, "captured", record.before)
     text = record.before
@@ -70,6 +72,14 @@ def run(gm: fx.GraphModule, record: GraphRecord, pipeline: tuple[Pass, ...] = PI
     _note_unfused(gm.graph, record)
     record.nodes_after, record.after = len(gm.graph.nodes), text
     return record
+
+
+def drop_unread(graph: fx.Graph) -> None:
+    """Erase weights that nothing reads: a model that asks for the dtype of a stored weight decodes it for that."""
+    for node in reversed(graph.nodes):
+        op = typed_op(node.target)
+        if op is not None and op.kind != "branch" and not node.users:  # a branch may draw random numbers
+            graph.erase_node(node)
 
 
 def verify(graph: fx.Graph, step: Pass) -> None:

@@ -4,7 +4,10 @@ model = rewrite.compile(model, spec="lora(r=8)@attn.q,v + nf4(base)")
 """
 
 from rewrite.api import apply, attach, compile, load, methods, parse, plan, save
+from rewrite.diff import diff
 from rewrite.errors import Error, ResolveError, RewriteError, SpecError
+from rewrite.explain import explain
+from rewrite.report import report
 from rewrite.runtime.attach import remove
 from rewrite.runtime.merge import merge
 from rewrite.version import __version__
@@ -18,11 +21,14 @@ __all__ = [
     "apply",
     "attach",
     "compile",
+    "diff",
+    "explain",
     "load",
     "merge",
     "methods",
     "parse",
     "plan",
     "remove",
+    "report",
     "save",
 ]

@@ -130,8 +130,10 @@ def _record(data: dict[str, Any]) -> GraphRecord:
     notes = [Note(**n) for n in data.pop("notes")]
     for saved in data["counts"].get("saved", ()):
         saved["shape"] = tuple(saved["shape"])
-    return GraphRecord(**data | {"inputs": tuple(data["inputs"])}, passes=passes, notes=notes)
+    data["inputs"] = tuple(data["inputs"])
+    return GraphRecord(**data, passes=passes, notes=notes)
 
 
 def _edit(data: dict[str, Any]) -> Edit:
-    return Edit(**data | {"removed": tuple(data["removed"]), "added": tuple(data["added"])})
+    data["removed"], data["added"] = tuple(data["removed"]), tuple(data["added"])
+    return Edit(**data)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import nn
 
 from rewrite.methods import registry

@@ -74,16 +74,16 @@ def tokens(text: str) -> Iterator[tuple[str, str]]:
 
 def relative(text: str, site: str) -> Iterator[tuple[str, str]]:
     """`tokens`, with kind p for the parts of a node's name that only repeat its site or say how it is attached."""
-    prefix = _prefix(site)
+    prefixes = _prefixes(site)
     for kind, part in tokens(text):
         if kind == "v":
-            yield from _name(part, prefix)
+            yield from _name(part, prefixes)
         else:
             yield kind, part
 
 
 def short(text: str, site: str = "") -> str:
-    """`text` with the names of nodes relative to a site.
+    """`text` with the names of nodes relative to a site, or to the nearest module that they share with it.
 
     >>> short("y = linear(x, model_layers_0_q_adapters_lora_A)", "model.layers.0.q")
     'y = linear(x, lora_A)'
@@ -106,14 +106,15 @@ def operator(text: str) -> str:
     return next((part for kind, part in tokens(text.partition(" = ")[2]) if kind == "f"), "")
 
 
-def _prefix(site: str) -> str:
-    """How the names of a site's parameters start; of `a.b.[q,v]`, those of `a.b`."""
-    path = site.partition(".[")[0]
-    return re.sub(r"\W", "_", path) + "_" if path else ""
+def _prefixes(site: str) -> list[str]:
+    """How the names of parameters start at a site, and at the modules that it is in; of `a.b.[q,v]`, at `a.b`."""
+    parts = re.split(r"\W", site.partition(".[")[0])
+    return ["_".join(parts[:i]) + "_" for i in range(len(parts), 0, -1) if parts[0]]
 
 
-def _name(name: str, prefix: str) -> Iterator[tuple[str, str]]:
-    if prefix and name.startswith(prefix) and len(name) > len(prefix):
+def _name(name: str, prefixes: list[str]) -> Iterator[tuple[str, str]]:
+    prefix = next((p for p in prefixes if name.startswith(p) and len(name) > len(p)), "")
+    if prefix:
         yield "p", prefix
         name = name[len(prefix) :]
     if match := _STORED.match(name) or _GRAFTED.match(name):

@@ -40,7 +40,11 @@ class Block:
 def page(diff: Diff) -> str:
     """The HTML of a diff."""
     environment = Environment(
-        loader=PackageLoader("rewrite"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("rewrite"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"duration": duration, "size": size, "code": code, "pattern": pattern, "spec": _spec}
     return environment.get_template("diff.html.j2").render(
@@ -120,7 +124,11 @@ def compare(before: str, after: str) -> Iterator[Block]:
         if len(rows) <= head + tail + 2:
             yield Block(False, False, rows)
             continue
-        for folded, part in (False, rows[:head]), (True, rows[head : len(rows) - tail]), (False, rows[len(rows) - tail :]):
+        for folded, part in (
+            (False, rows[:head]),
+            (True, rows[head : len(rows) - tail]),
+            (False, rows[len(rows) - tail :]),
+        ):
             if part:
                 yield Block(False, folded, part)
 

@@ -64,7 +64,11 @@ class _Vertex:
 
     @property
     def width(self) -> float:
-        return max(len(self.label), len(self.type) * 0.86) * _CHAR + _PAD if self.label else 0.0
+        return max(len(self.label), len(self.type) * 0.86) * _CHAR + _PAD if self.label else 14.0
+
+    @property
+    def height(self) -> float:
+        return 28 if self.label and not self.type else _HEIGHT
 
 
 def layer(record: GraphRecord) -> tuple[str, list[Panel]]:
@@ -140,7 +144,7 @@ def _vertices(inputs: Mapping[str, str], nodes: Sequence[Node], site: str) -> di
             continue
         for name in reads:
             if name not in inside and name not in found:
-                found[name] = _Vertex(name, _outside(name, inputs), _shortest(name, site), known[name], [])
+                found[name] = _Vertex(name, _outside(name, inputs), short(name, site), known[name], [])
         kind: Kind = "fused" if "fuse" in node.rule else "new" if node.rule else "operator"
         found[node.name] = _Vertex(node.name, kind, _label(node), node.type, reads)
     return found
@@ -148,12 +152,6 @@ def _vertices(inputs: Mapping[str, str], nodes: Sequence[Node], site: str) -> di
 
 def _outside(name: str, inputs: Mapping[str, str]) -> Kind:
     return "input" if name not in inputs else "adapter" if f"_{ADAPTERS}_" in name else "weight"
-
-
-def _shortest(name: str, site: str) -> str:
-    """A name relative to its own site, or to the nearest module that it shares with this one."""
-    parts = site.split(".")
-    return min((short(name, ".".join(parts[:i])) for i in range(len(parts), -1, -1)), key=len)
 
 
 def _leaf(site: str) -> str:
@@ -172,13 +170,11 @@ def draw(title: str, vertices: dict[str, _Vertex]) -> Panel:
     left = min((v.x - v.width / 2 for v in vertices.values()), default=0) - 8
     right = max((v.x + v.width / 2 for v in vertices.values()), default=0) + 8
     boxes = tuple(
-        Box(round(v.x - left, 1), _y(v), round(v.width, 1), _HEIGHT if v.type else 28, v.kind, v.label, v.type)
+        Box(round(v.x - left, 1), _y(v), round(v.width, 1), v.height, v.kind, v.label, v.type)
         for v in vertices.values()
         if v.label
     )
-    edges = tuple(
-        _curve(vertices[need], v, left) for v in vertices.values() for need in v.needs if need in vertices
-    )
+    edges = tuple(_curve(vertices[need], v, left) for v in vertices.values() for need in v.needs if need in vertices)
     return Panel(title, round(right - left, 1), len(rows) * _ROW - (_ROW - _HEIGHT) + 12, boxes, edges)
 
 
@@ -187,10 +183,10 @@ def _y(vertex: _Vertex) -> float:
 
 
 def _curve(source: _Vertex, target: _Vertex, left: float) -> Edge:
-    half = (lambda v: 0 if not v.label else (_HEIGHT if v.type else 28) / 2)
-    x0, y0, x1, y1 = source.x - left, _y(source) + half(source), target.x - left, _y(target) - half(target)
+    x0, y0, x1, y1 = source.x - left, _y(source) + source.height / 2, target.x - left, _y(target) - target.height / 2
     bend = (y1 - y0) / 2
-    path = f"M{x0:.1f} {y0:.1f}C{x0:.1f} {y0 + bend:.1f} {x1:.1f} {y1 - bend:.1f} {x1:.1f} {y1:.1f}"
+    straight = "" if source.label else f"M{x0:.1f} {y0 - source.height:.1f}V{y0:.1f}"  # past the boxes of its row
+    path = f"{straight}M{x0:.1f} {y0:.1f}C{x0:.1f} {y0 + bend:.1f} {x1:.1f} {y1 - bend:.1f} {x1:.1f} {y1:.1f}"
     return Edge(path, bool(target.label))
 
 
@@ -233,9 +229,7 @@ def _align(rows: list[list[str]], vertices: dict[str, _Vertex]) -> None:
         _spread(row, vertices, {name: float(i) for i, name in enumerate(row)})
     for sweep in range(12):
         for row in rows if sweep % 2 == 0 else rows[::-1]:
-            wanted = {
-                n: sum(vertices[m].x for m in near[n]) / len(near[n]) if near[n] else vertices[n].x for n in row
-            }
+            wanted = {n: sum(vertices[m].x for m in near[n]) / len(near[n]) if near[n] else vertices[n].x for n in row}
             if sweep < 8:
                 row.sort(key=wanted.__getitem__)
             _spread(row, vertices, wanted)

@@ -17,7 +17,7 @@ from rewrite.runtime.adapter import ADAPTERS
 
 _STEP = re.compile(r"\['([^']+)'\]|\.(\w+)|\[(\d+)\]")
 _TABLES = {"_modules", "_parameters", "_buffers"}
-_GRAFTED = re.compile(rf"\.(?:{ADAPTERS}|parametrizations)(?:\.|$).*")
+_GRAFTED = re.compile(rf"(?:^|\.)(?:{ADAPTERS}|parametrizations)(?:\.|$).*")
 
 
 def has_adapters(gm: fx.GraphModule) -> bool:
@@ -64,8 +64,9 @@ def path_of(node: fx.Node) -> str:
 
 def _path(source: str) -> str:
     """`L['self']._modules['model'].layers[0].weight` -> `model.layers.0.weight`."""
-    steps = [a or b or c for a, b, c in _STEP.findall(source.removeprefix("L"))]
-    return ".".join(s for s in steps[1:] if s not in _TABLES)
+    root, *steps = [a or b or c for a, b, c in _STEP.findall(source.removeprefix("L"))] or [""]
+    steps = ["args", *steps] if root == "args" else steps
+    return ".".join(s for s in steps if s not in _TABLES)
 
 
 def _rename(graph: fx.Graph) -> None:
@@ -73,8 +74,8 @@ def _rename(graph: fx.Graph) -> None:
         name = path_of(node) if node.op == "placeholder" else ""
         op = typed_op(node.target) if node.op == "call_function" else None
         name = op.name if op else name
-        name = re.sub(r"\W", "_", name)
-        if name and not keyword.iskeyword(name) and not name[0].isdigit():
+        name = re.sub(r"\W|^(?=\d)", "_", name)
+        if name and not keyword.iskeyword(name):
             node._rename(name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import types
 from typing import Any
 
 import torch
@@ -22,13 +23,19 @@ class CompiledCall(CompiledCallBase):
 
     def __init__(self, model: nn.Module, backend: str, dynamic: bool | None) -> None:
         self.model = model
-        self.call = torch.compile(
-            model._call_impl, backend=rewrite_backend, dynamic=dynamic, options={"backend": backend}
-        )
+        # A code object of its own: Dynamo counts recompiles, and looks up graphs, per code object.
+        entry = types.FunctionType(_call.__code__.replace(co_name=f"call_{type(model).__name__}"), globals())
+        self.call = torch.compile(entry, backend=rewrite_backend, dynamic=dynamic, options={"backend": backend})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with torch._dynamo.config.patch(_settings()), require(self.model).calls.counting():
-            return self.call(*args, **kwargs)
+            return self.call(self.model, *args, **kwargs)
+
+
+def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # Dynamo starts at the first frame that is not torch's own: here, so that hooks and containers of torch at the
+    # top of a model are in the graph too.
+    return module._call_impl(*args, **kwargs)
 
 
 def _settings() -> dict[str, Any]:

@@ -58,7 +58,8 @@ def holdings(model: nn.Module) -> list[Held]:
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, str, int]]:
     """(name, tensor, storage, parameters) of what a module itself holds."""
-    stored = next((m for m in module if isinstance(m, Stored)), None) if _is_list(module) else None
+    listed = module.children() if isinstance(module, ParametrizationList) else ()
+    stored = next((m for m in listed if isinstance(m, Stored)), None)
     own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     for number, (name, tensor) in enumerate(own):
         if isinstance(module, Adapter):
@@ -71,7 +72,3 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, str, int]]:
             yield name, tensor, "dense", tensor.numel()
         else:
             yield name, tensor, "buffer", 0
-
-
-def _is_list(module: nn.Module) -> bool:
-    return isinstance(module, ParametrizationList)

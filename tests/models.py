@@ -5,7 +5,7 @@ Sizes are rectangular wherever the architecture allows it, and heads share keys 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -41,8 +41,9 @@ _GPT2: dict[str, Any] = {
 _BERT: dict[str, Any] = {
     **{**_SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 64},
     **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "problem_type": "single_label_classification",  # else the first forward writes it, and the second compiles anew
 }
-_VIT: dict[str, Any] = {**_SIZES, "image_size": 32, "patch_size": 8}
+_VIT: dict[str, Any] = {**_SIZES, "image_size": 32, "patch_size": 8, "problem_type": "single_label_classification"}
 _T5: dict[str, Any] = {
     **{"d_model": 64, "d_ff": 96, "d_kv": 12, "num_layers": 2, "num_heads": 4, "vocab_size": VOCABULARY},
     **{"dropout_rate": 0.0, "decoder_start_token_id": 0},
@@ -183,11 +184,16 @@ def traces(model: nn.Module) -> list[str]:
         found += [f"{path}: {type(module).__name__}" for _ in [0] if "Parametrized" in type(module).__name__]
         found += [f"{path}.{key}" for key in _ours(vars(module))]
         found += [f"{path}.{key}" for key in module._modules if key in ("adapters", "parametrizations")]
-        hooks: Iterable[Any] = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        found += [f"{path}: {hook}" for hook in hooks if "rewrite" in getattr(hook, "__module__", "")]
+        hooks: list[Any] = [hook for name, held in vars(module).items() if name.endswith("_hooks") for hook in held.values()]
+        found += [f"{path}: {hook}" for hook in hooks if "rewrite" in _module(hook)]
     if model._compiled_call_impl is not None:
         found.append("a compiled call")
     return found
+
+
+def _module(function: Any) -> str:
+    """The Python module that a hook, however wrapped, comes from."""
+    return str(getattr(getattr(function, "hook", function), "__module__", ""))
 
 
 def _ours(attributes: Mapping[str, Any]) -> list[str]:
@@ -195,5 +201,5 @@ def _ours(attributes: Mapping[str, Any]) -> list[str]:
     return [
         key
         for key, value in attributes.items()
-        if "rewrite" in key or "rewrite" in str(getattr(getattr(value, "__func__", value), "__module__", ""))
+        if "rewrite" in key or "rewrite" in _module(getattr(value, "__func__", value))
     ]

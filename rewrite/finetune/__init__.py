@@ -1,7 +1,8 @@
 """The main job: a base model, text and a spec in; a trained, checked adapter out.
 
-Order of the files: `corpus` reads text, `bases` builds or loads models, `training` is the loop, `checks` compares
-logits, `request` finds what cannot be done, `job` puts them together.  Nothing here knows how adapters work: it uses the public functions only.
+In processing order: `request` (what is asked, and whether it can be done), `corpus` (text to blocks), `bases` (models),
+`training` (the loop), `checks` (one function in all its forms?), `job` (all of it).  Nothing here knows how adapters
+work: it uses the public functions only.
 """
 
 from rewrite.finetune.job import Result, finetune

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from rewrite.finetune.bases import Base
 from rewrite.finetune.checks import Check
 from rewrite.finetune.request import Job, Request, prepare
 from rewrite.finetune.training import Curve, evaluate, train
+from rewrite.runtime.files import write
 from rewrite.runtime.merge import merge_report
 from rewrite.table import duration, share, table
 
@@ -80,20 +81,19 @@ def finetune(job: Job, say: Say = print) -> Result:
     say(f"\n{rewrite.report(model)}\n")
     rewrite.save(model, job.out)
     result.checks = _checks(job, base, held[: job.batch], before, say)
-    _write(job, "diff.html", lambda part: rewrite.diff(model).to_html(part))
-    text = json.dumps({"job": asdict(job), **asdict(result)}, indent=2)
-    _write(job, "result.json", lambda part: Path(part).write_text(text + "\n", encoding="utf-8"))
+    rewrite.diff(model).to_html(Path(job.out, "diff.html"))
+    _write(Path(job.out, "result.json"), {"job": asdict(job), **asdict(result)})
+    say(f"wrote    {Path(job.out)}: adapter.safetensors, rewrite.json, result.json, and diff.html to look at")
     return result
 
 
 def _base(job: Job, say: Say) -> Base:
-    device = torch.device(job.device)
     if job.model is not None:
-        return bases.load(job.model, device)
-    base, curve = bases.pretrain(job.pretrain_steps, job.seed, device)
+        return bases.load(job.model, job.device)
+    base, curve = bases.pretrain(job.pretrain_steps, job.seed, job.device)
     say(f"pre-trained for {job.pretrain_steps} steps in {duration(sum(curve.seconds))}: loss {curve.losses[-1]:.3f}")
     if job.save_base:
-        bases.save_base(base, job.save_base)
+        bases.save(base, job.save_base)
         say(f"saved    the base model to {job.save_base}: use it again with --model {job.save_base}")
     return base
 
@@ -140,14 +140,8 @@ def _checks(job: Job, base: Base, rows: torch.Tensor, before: torch.Tensor, say:
     return found
 
 
-def _write(job: Job, name: str, write: Callable[[str], object]) -> None:
-    """A file of the output folder, whole or not at all."""
-    file = Path(job.out) / name
-    part = file.with_name(f".{os.getpid()}.{name}")
+def _write(file: Path, data: dict[str, Any]) -> None:
     try:
-        write(str(part))
-        part.replace(file)
+        write(file, (json.dumps(data, indent=2) + "\n").encode())
     except OSError as error:
         raise RewriteError(f"cannot write {file}: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)

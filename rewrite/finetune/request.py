@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,10 +13,10 @@ import rewrite
 from rewrite.errors import RewriteError
 from rewrite.finetune import bases, corpus
 from rewrite.finetune.corpus import Blocks, Text
+from rewrite.folders import config_of, is_causal, skeleton, tokenizer_of
 from rewrite.runtime.backend import check_backend
 
 DEFAULT_SPEC = "lora(r=8)@linear-head"
-_LENGTH = 256
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,16 @@ def prepare(job: Job) -> Request:
         raise RewriteError("--save-base keeps the built-in base model, and --model names another")
     if job.save_base and Path(job.save_base).exists():
         raise RewriteError(f"--save-base {job.save_base} exists already: give a new folder")
-    skeleton = bases.skeleton(job.model, causal=True)
-    planned = rewrite.plan(skeleton, job.spec)
+    config = bases.built_in_config() if job.model is None else config_of(job.model)
+    if not is_causal(config):
+        raise RewriteError(f"{job.model} holds a {config.model_type} model, which is not a causal language model")
+    config.architectures = None  # a causal language model, whatever else the folder may hold
+    planned = rewrite.plan(skeleton(config), job.spec)
     if not planned.trainable:
         raise RewriteError(f"'{planned.spec}' trains nothing: add a method that does, such as lora(r=8)@attn.q,v")
-    length = _length(job, getattr(skeleton, "config", None))
+    length = _length(job, config)
     texts = corpus.english() if job.data is None else corpus.read(job.data)
-    blocks = _blocks(job, texts, length, getattr(skeleton, "config", None))
+    blocks = _blocks(job, texts, length, config)
     _check_writable(Path(job.out))
     return Request(planned.spec, blocks, tuple(_lines(job, planned.spec, texts, blocks)))
 
@@ -77,17 +81,17 @@ def _check_device(name: str) -> None:
         raise RewriteError(f"cannot use --device {name}: {str(error).splitlines()[0]}") from error
 
 
-def _length(job: Job, config: object) -> int:
+def _length(job: Job, config: Any) -> int:
     longest = getattr(config, "max_position_embeddings", None)
     if job.length is None:
-        return min(_LENGTH, longest or _LENGTH)
+        return min(bases.LENGTH, longest or bases.LENGTH)
     if longest is not None and job.length > longest:
         raise RewriteError(f"--length {job.length} is more than the {longest} positions of this model")
     return job.length
 
 
-def _blocks(job: Job, texts: list[Text], length: int, config: object) -> Blocks:
-    tokenizer = bases.byte_tokenizer() if job.model is None else bases.tokenizer_of(job.model)
+def _blocks(job: Job, texts: list[Text], length: int, config: Any) -> Blocks:
+    tokenizer = bases.byte_tokenizer() if job.model is None else tokenizer_of(job.model)
     tokens = corpus.tokenise(texts, tokenizer)
     size = getattr(config, "vocab_size", None)
     if size is not None and len(tokens) and int(tokens.max()) >= size:
@@ -108,6 +112,9 @@ def _check_writable(out: Path) -> None:
 def _lines(job: Job, spec: str, texts: list[Text], blocks: Blocks) -> list[str]:
     size = sum(len(text.text) for text in texts)
     count, length = blocks.train.shape
-    lines = [f"spec     {spec}", f"data     {job.data or 'pydoc_data.topics'}: {len(texts):,} texts, {size:,} characters"]
+    lines = [
+        f"spec     {spec}",
+        f"data     {job.data or 'pydoc_data.topics'}: {len(texts):,} texts, {size:,} characters",
+    ]
     lines += [f"note     {t.replaced:,} invalid bytes in {t.name} were replaced" for t in texts if t.replaced]
     return [*lines, f"blocks   of {length} tokens: {count:,} to train on, {len(blocks.held):,} held out"]

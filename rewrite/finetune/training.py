@@ -5,6 +5,7 @@ Nothing here knows about adapters: it trains whatever parameters ask for gradien
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from rewrite.errors import RewriteError
 from rewrite.finetune.corpus import batches, spread
+from rewrite.progress import ticking
 
 _WARM_UP = 0.05  # share of the steps
 _FLOOR = 0.02  # of the learning rate at the end
@@ -59,9 +61,10 @@ def train(
     bar = tqdm(batches(blocks, batch, steps, seed), desc=progress, total=steps, unit="step", delay=2)
     for rows in bar:
         start = time.perf_counter()
-        rows = rows.to(device)
-        loss = model(input_ids=rows, labels=rows).loss
-        loss.backward()
+        # The first step may compile for half a minute: the bar shows that time passes.
+        with contextlib.nullcontext() if curve.losses else ticking(bar):
+            loss = model(input_ids=rows.to(device), labels=rows.to(device)).loss
+            loss.backward()
         nn.utils.clip_grad_norm_(trained, _CLIP)
         optimizer.step()
         optimizer.zero_grad()

@@ -107,7 +107,7 @@ class Lora(Method):
     def fits(self, site: Site) -> str | None:
         limit = min(site.in_features, site.out_features)
         if self.init.residual and self.r > limit:
-            return f"r={self.r} is more than the rank {limit} of its weight, which init={self.init} needs"
+            return f"r={self.r} is more than the rank {limit} of its weight, which init={type(self.init).__name__.lower()} needs"
         return None
 
     def delta(  # pyright: ignore[reportIncompatibleMethodOverride]  # each method names its own tensors

@@ -32,7 +32,7 @@ EVERY = [
     pytest.param(name, spec, id=f"{name}-{key}") for name, (key, spec) in itertools.product(BUILDERS, SPECS.items())
 ]
 EXACT = SPECS["lora"], SPECS["dropout"]  # start at B = 0: nothing at all is added
-ONE_EACH = list(zip(BUILDERS, itertools.cycle(SPECS.values()), strict=False))
+PARTITIONED = [("llama", SPECS["lora+nf4"]), ("gpt2", SPECS["dropout"]), ("bert", SPECS["pissa+full"])]
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,9 @@ def logits(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
 
 @pytest.mark.parametrize(("name", "spec"), EVERY)
 def test_compiled_is_one_graph_equals_eager_and_trains(name: str, spec: str):
-    model, inputs = build(name), batch(name)
+    # Two stacks of two layers take long to trace: once is enough.
+    changes = {"num_layers": 1} if name == "t5" and spec != SPECS["lora"] else {}
+    model, inputs = build(name, **changes), batch(name)
     assert disturb(rewrite.compile(model, spec, backend="eager")) is model
     model.train()
 
@@ -84,16 +86,13 @@ def test_compiled_is_one_graph_equals_eager_and_trains(name: str, spec: str):
     # Two shapes and nine weights of the optimiser later: still the one graph, and every edit is on record.
     assert (counters["stats"]["unique_graphs"], dict(counters["graph_break"])) == (1, {})
     (record,) = captures.records_of(model)
-    assert [e.rule for e in record.edits].count("insert") == len(rewrite.plan(build(name), spec)) - full(spec, name)
+    inserted = [e for e in record.edits if e.rule == "insert"]
+    placements = rewrite.plan(build(name, **changes), spec).placements
+    assert len(inserted) == sum(not p.method.trains for p in placements)  # what trains leaves nothing in a graph
     assert record.notes == []
 
 
-def full(spec: str, name: str) -> int:
-    """How many placements of a spec train base tensors: they leave nothing in a graph."""
-    return sum(p.method.trains for p in rewrite.plan(build(name), spec).placements)
-
-
-@pytest.mark.parametrize(("name", "spec"), ONE_EACH)
+@pytest.mark.parametrize(("name", "spec"), PARTITIONED)
 def test_the_partitioned_graph_equals_eager(name: str, spec: str):
     model, inputs = build(name), batch(name)
     disturb(rewrite.compile(model, spec, backend="aot_eager")).eval()  # a partitioned graph draws other dropouts
@@ -103,10 +102,11 @@ def test_the_partitioned_graph_equals_eager(name: str, spec: str):
     assert_same(compiled_gradients, eager_gradients)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_inductor_equals_eager(name: str):
+# Not on Llama: it computes its rotary embedding in float32, where Inductor's sine differs in the last bit.
+@pytest.mark.parametrize(("name", "spec"), [("gpt2", SPECS["lora+nf4"]), ("vit", SPECS["pissa+full"])])
+def test_inductor_equals_eager(name: str, spec: str):
     model, inputs = build(name), batch(name)
-    disturb(rewrite.compile(model, "lora(r=4)@attn.q,v + nf4(base)"))
+    disturb(rewrite.compile(model, spec))
     compiled, compiled_gradients = step(model, model, inputs)
     eager, eager_gradients = step(model, model.forward, inputs)
     assert_close(compiled.loss, eager.loss)

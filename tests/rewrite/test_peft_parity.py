@@ -34,9 +34,9 @@ NORMS = {"llama": ["input_layernorm", "post_attention_layernorm", "norm"], "gpt2
 CASES = [
     *[(name, "lora(r=4)@attn.q,v", {"r": 4, "target_modules": targets}) for name, targets in QV.items()],
     ("gpt2", "lora(r=4)@attn.qkv", {"r": 4, "target_modules": ["c_attn"]}),
-    *[(name, "lora(r=3)@linear", {"r": 3, "target_modules": targets}) for name, targets in ALL_LINEAR.items()],
-    ("llama", "lora(r=3)@linear", {"r": 3, "target_modules": "all-linear"}),
-    ("gpt2", "lora(r=3)@linear", {"r": 3, "target_modules": "all-linear"}),
+    *[(name, "lora(r=3)@linear-head", {"r": 3, "target_modules": targets}) for name, targets in ALL_LINEAR.items()],
+    ("llama", "lora(r=3)@linear-head", {"r": 3, "target_modules": "all-linear"}),
+    ("gpt2", "lora(r=3)@linear-head", {"r": 3, "target_modules": "all-linear"}),
     ("llama", "lora(r=4, alpha=6)@attn.q,v", {"r": 4, "lora_alpha": 6, "target_modules": QV["llama"]}),
     (
         "qwen3",
@@ -66,18 +66,18 @@ CASES = [
     ),
     (
         "llama",
-        "lora(r=4)@attn.q,v[1:]",
+        "lora(r=4)@attn.q[1:],v[1:]",
         {"r": 4, "target_modules": QV["llama"], "layers_to_transform": [1]},
     ),
-    ("t5", "lora(r=4)@linear-cross", {"r": 4, "target_modules": r"(?!.*EncDec).*\.(q|k|v|o|wi|wo)"}),
-    ("llama", "lora(r=4, dropout=0.3)@linear", {"r": 4, "lora_dropout": 0.3, "target_modules": "all-linear"}),
-    ("gpt2", "lora(r=4, dropout=0.3)@linear", {"r": 4, "lora_dropout": 0.3, "target_modules": "all-linear"}),
+    ("t5", "lora(r=4)@linear-cross-head", {"r": 4, "target_modules": r"(?!.*EncDec).*\.(q|k|v|o|wi|wo)"}),
+    ("llama", "lora(r=4, dropout=0.3)@linear-head", {"r": 4, "lora_dropout": 0.3, "target_modules": "all-linear"}),
+    ("gpt2", "lora(r=4, dropout=0.3)@linear-head", {"r": 4, "lora_dropout": 0.3, "target_modules": "all-linear"}),
 ]
 INITS = [
     ("llama", "pissa", {"target_modules": r".*_proj"}),
     ("qwen3", "olora", {"target_modules": r".*_proj"}),
     ("bert", "pissa", {"target_modules": ALL_LINEAR["bert"]}),
-    ("gpt2", "olora", {"target_modules": ALL_LINEAR["gpt2"]}),
+    ("gpt2", "pissa", {"target_modules": ALL_LINEAR["gpt2"]}),
 ]
 
 
@@ -146,7 +146,7 @@ def test_compiled_equals_peft(name: str, spec: str, settings: dict[str, Any]):
 def test_initialisation_equals_peft(name: str, init: str, settings: dict[str, Any]):
     # PEFT takes B A off the base weight and refuses float64 here; the function is the same.
     theirs = peft_model(name, torch.float32, r=6, lora_alpha=9, init_lora_weights=init, **settings)
-    ours = rewrite.attach(build(name, torch.float32), f"lora(r=6, alpha=9, init={init})@linear")
+    ours = rewrite.attach(build(name, torch.float32), f"lora(r=6, alpha=9, init={init})@linear-head")
     source = trained(theirs)
     factors = {peft_name(n): p for n, p in trained(ours).items()}
     assert factors.keys() == source.keys()

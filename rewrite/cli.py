@@ -1,0 +1,248 @@
+"""The command line `rewrite`, also `python -m rewrite`.
+
+What the user got wrong is printed to stderr, without a traceback, and the exit status is 2; a check that fails is
+status 1.  Each command is a few lines over the public functions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import rewrite
+from rewrite.bind import Argument, arguments
+from rewrite.errors import Error, RewriteError, nearest
+from rewrite.finetune.bases import built_in_config
+from rewrite.finetune.request import Job
+from rewrite.folders import config_of, explained, skeleton, tiny_batch
+from rewrite.progress import waiting
+from rewrite.runtime.backend import BACKENDS
+from rewrite.runtime.files import write
+from rewrite.table import table
+
+Command = Callable[[argparse.Namespace], int]
+_MODEL = "folder of a Hugging Face model, of which config.json is enough; default: the small built-in Llama"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status.
+
+    Example: `main(["plan", "--spec", "lora(r=8)@attn.q,v"])`
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except Error as error:
+        print(f"rewrite {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"rewrite {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `rewrite methods | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def plan(args: argparse.Namespace) -> int:
+    rewrite.parse(args.spec)  # before anything slow
+    with waiting("build the model"):
+        model = _skeleton(args.model)
+    print(rewrite.plan(model, args.spec))
+    return 0
+
+
+def diff(args: argparse.Namespace) -> int:
+    found = rewrite.diff(_captured(args, "eager"))
+    _write(args.json, lambda: found.to_json())
+    if args.html:
+        found.to_html(args.html)
+    if not (args.html or args.json):
+        print(found)
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    found = rewrite.report(_captured(args, "aot_eager"))
+    _write(args.json, lambda: found.to_json())
+    if not args.json:
+        print(found)
+    return 0
+
+
+def methods(args: argparse.Namespace) -> int:
+    known = rewrite.methods()
+    for name in args.names:
+        if name not in known:
+            close = nearest(name, known, 1)
+            raise RewriteError(f"unknown method '{name}'" + (f", did you mean '{close[0]}'?" if close else ""))
+    print("\n\n".join(_described(known[name]) for name in args.names or known))
+    return 0
+
+
+def finetune(args: argparse.Namespace) -> int:
+    from rewrite.finetune.job import finetune as run
+
+    job = {name: value for name, value in vars(args).items() if name not in ("run", "command")}
+    return 0 if run(Job(**job)).holds else 1
+
+
+def _skeleton(folder: str | None) -> Any:
+    config = built_in_config() if folder is None else config_of(folder)
+    config.use_cache = False
+    return skeleton(config)
+
+
+def _captured(args: argparse.Namespace, backend: str) -> Any:
+    """A model without numbers, compiled on a tiny batch: what the passes do depends on names and shapes alone."""
+    rewrite.parse(args.spec)  # before anything slow
+    with waiting("capture the graph"):
+        model = rewrite.compile(_skeleton(args.model), args.spec, backend=backend)
+        batch = tiny_batch(model)
+        with explained("cannot capture this model without its weights, use rewrite.compile from Python"):
+            model(**batch)
+    return model
+
+
+def _write(path: str | None, text: Callable[[], str]) -> None:
+    if path:
+        try:
+            write(Path(path), (text() + "\n").encode())
+        except OSError as error:
+            raise RewriteError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _described(method: Any) -> str:
+    """A method's equation, its sites, its arguments and where it comes from."""
+    lines = [f"{method.name}: {_equation(method)}"]
+    default = f", by default @{method.default_sites}" if method.default_sites else ""
+    lines.append(f"  on {', '.join(sorted(method.kinds))}{default}")
+    known = arguments(method)
+    if known:
+        rows = [("argument", "default", "wants", ""), *(_row(argument) for argument in known)]
+        lines += [f"  {line}" for line in table(rows)]
+    for argument in known:
+        if isinstance(argument.choices, Mapping):
+            lines += [f"  {argument.name}={name}: {text}" for name, text in _choices(argument.choices)]
+    return "\n".join([*lines, *([f"  {method.paper}"] if method.paper else [])])
+
+
+def _equation(cls: type) -> str:
+    return (cls.__doc__ or "").partition("\n")[0].strip()
+
+
+def _row(argument: Argument) -> tuple[str, str, str, str]:
+    words = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
+    limits = [f"{words[key]} {value}" for key, value in argument.limits.items() if value is not None]
+    return argument.name, _spelled(argument.default), ", ".join([argument.wants, *limits]), argument.help
+
+
+def _choices(choices: Mapping[str, type]) -> Iterator[tuple[str, str]]:
+    """(choice, what it does); a choice with arguments of its own shows them in parentheses."""
+    for name, cls in choices.items():
+        inner = ", ".join(f"{a.name}={_spelled(a.default)}" for a in arguments(cls))
+        yield (f"{name}({inner})" if inner else name), _equation(cls)
+
+
+def _spelled(value: Any) -> str:
+    """A default as it is written in a spec."""
+    if value is dataclasses.MISSING:
+        return "required"
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return type(value).__name__.lower() if dataclasses.is_dataclass(value) else str(value)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rewrite",
+        description="A PEFT compiler for PyTorch: one string says what to adapt and how.",
+        epilog='example: rewrite plan --spec "lora(r=8)@attn.q,v + nf4(base)"',
+    )
+    parser.add_argument("--version", action="version", version=f"rewrite {rewrite.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    _with_model(commands, "plan", plan, "show what a spec would do to a model", "--model llama/ --spec 'lora@attn.q,v'")
+    shown = _with_model(
+        commands,
+        "diff",
+        diff,
+        "show what the passes change in the model's graph",
+        "--model llama/ --spec 'lora@attn.q,v + nf4(base)' --html diff.html",
+    )
+    shown.add_argument("--html", metavar="FILE", help="write a page to look at")
+    shown.add_argument("--json", metavar="FILE", help="write everything, programs included")
+    counted = _with_model(
+        commands,
+        "report",
+        report,
+        "count what training the model would store and compute",
+        "--model llama/ --spec 'lora@linear + nf4(base)'",
+    )
+    counted.add_argument("--json", metavar="FILE", help="write the numbers")
+    listed = _command(commands, "methods", methods, "list the methods and their arguments", "lora")
+    listed.add_argument("names", nargs="*", metavar="method", help="only these")
+    _add_finetune(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Command, about: str, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=about, description=f"{about[0].upper()}{about[1:]}.", epilog=f"example: rewrite {name} {example}"
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _with_model(commands: Any, name: str, run: Command, about: str, example: str) -> argparse.ArgumentParser:
+    parser = _command(commands, name, run, about, example)
+    parser.add_argument("--model", metavar="FOLDER", help=_MODEL)
+    parser.add_argument("--spec", required=True, help="what to adapt and how, such as 'lora(r=8)@attn.q,v'")
+    return parser
+
+
+def _add_finetune(commands: Any) -> None:
+    about = "train an adapter on text, check it and save it"
+    example = "--model llama/ --data notes/ --spec 'lora(r=8)@linear + nf4(base)' --out adapter/"
+    parser = _command(commands, "finetune", finetune, about, example)
+    job = {field.name: field.default for field in dataclasses.fields(Job)}
+
+    def option(flag: str, name: str, about: str, **kwargs: Any) -> None:
+        default = "" if job[name] is None or kwargs.get("required") else f" (default {job[name]})"
+        kwargs.setdefault("default", None if kwargs.get("required") else job[name])
+        parser.add_argument(flag, dest=name, help=about.replace("%", "%%") + default, **kwargs)
+
+    option("--model", "model", "local Hugging Face folder; default: a small Llama, pre-trained here", metavar="FOLDER")
+    option("--data", "data", "text file, or folder of them; default: Python's language reference", metavar="PATH")
+    option("--spec", "spec", "what to adapt and how")
+    option("--out", "out", "folder for the adapter, diff.html and result.json", metavar="FOLDER", required=True)
+    option("--steps", "steps", "optimizer steps", type=_positive, metavar="N")
+    option("--batch", "batch", "rows in a batch", type=_positive, metavar="B")
+    option("--length", "length", "tokens in a row; default: what the model takes, up to 256", type=_length, metavar="T")
+    option("--lr", "learning_rate", "largest learning rate", type=_rate, metavar="LR")
+    option("--seed", "seed", "of initial values and order", type=int, metavar="S")
+    option("--backend", "backend", "what runs the rewritten graph", choices=BACKENDS)
+    option("--device", "device", "where to train, such as cuda", metavar="D")
+    option("--pretrain-steps", "pretrain_steps", "optimizer steps of the built-in model", type=_positive, metavar="N")
+    option("--save-base", "save_base", "keep the built-in base model in a new folder, for --model", metavar="FOLDER")
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _length(text: str) -> int:
+    if (value := int(text)) < 2:
+        raise argparse.ArgumentTypeError(f"must be at least 2, got {value}")
+    return value
+
+
+def _rate(text: str) -> float:
+    if not 0 < (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
+    return value
