@@ -16,6 +16,8 @@ import sympy
 import torch
 import torch.nn.functional as F
 
+import rewrite.codegen.ops  # noqa: F401  (defines torch.ops.rewrite)
+
 Tensor = torch.Tensor
 TOKENS, IN, OUT = sympy.symbols("tokens d_in d_out", positive=True, integer=True)
 """Symbols of every cost: rows of the input, and the two sizes of the weight (d_out, d_in)."""
@@ -77,6 +79,8 @@ class LowRank(Delta):
     A: Any
 
     def apply(self, x: Any, scale: float = 1.0) -> Any:
+        if isinstance(x, torch.Tensor) and x.dtype != self.A.dtype:
+            return torch.ops.rewrite.low_rank(x, self.A, self.B, scale)  # eager autograd would save the casts
         # The scale goes on the (..., r) product: it is the smallest tensor on the way.
         h = F.linear(x, _as(self.A, x))
         return F.linear(h if scale == 1.0 else h * scale, _as(self.B, x))

@@ -2,6 +2,7 @@
 
 - `rewrite::decode(stored, layout)`              the dense weight behind stored tensors; traced through
 - `rewrite::adapted_linear(x, weight, ...)`      base + low-rank branches + bias + dequantisation, one op
+- `rewrite::low_rank(x, A, B, scale)`            one branch whose parameters have another dtype than x, in eager
 
 `adapted_linear` follows autocast and hands over to `adapted_linear_core`, which is opaque to AOTAutograd: it
 accumulates each branch into the output of the base product in place, and never saves a weight that it decoded.
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from rewrite.codegen.storage import layout as parse_layout
@@ -25,6 +27,7 @@ _BRANCHES = "Tensor[] h, Tensor[] B, float[] scale, SymInt[] start"
 _lib.define("decode(Tensor[] stored, str layout) -> Tensor")
 _lib.define(f"adapted_linear(Tensor x, Tensor[] weight, str layout, Tensor? bias, {_BRANCHES}) -> Tensor")
 _lib.define(f"adapted_linear_core(Tensor x, Tensor[] weight, str layout, Tensor? bias, {_BRANCHES}) -> Tensor")
+_lib.define("low_rank(Tensor x, Tensor A, Tensor B, float scale) -> Tensor")
 _lib.define("linear_input_gradient(Tensor dy, Tensor[] weight, str layout) -> Tensor")
 
 
@@ -57,6 +60,29 @@ def adapted_linear(
     else:
         B = [t if t.dtype == x.dtype else t.to(x.dtype) for t in B]
     return torch.ops.rewrite.adapted_linear_core(x, weight, layout, bias, h, B, scale, start)
+
+
+def low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """`scale * B A x` for parameters of another dtype than x, which are cast to it: x (..., d_in) -> (..., d_out).
+
+    For eager models: keeps x and the parameters for backward, no cast copy and no (..., r) product.
+    """
+    return F.linear(F.linear(x, A.to(x.dtype)) * scale, B.to(x.dtype))
+
+
+def _low_rank_setup(ctx, inputs, output):
+    x, A, B, ctx.scale = inputs
+    ctx.save_for_backward(x, A, B)
+
+
+def _low_rank_backward(ctx, dy):
+    x, A, B = ctx.saved_tensors
+    low_A, low_B, rows = A.to(x.dtype), B.to(x.dtype), dy.flatten(0, -2)
+    dh = (dy @ low_B) * ctx.scale
+    h = F.linear(x, low_A) * ctx.scale
+    dx = dh @ low_A if ctx.needs_input_grad[0] else None
+    dA = (dh.flatten(0, -2).t() @ x.flatten(0, -2)).to(A.dtype)
+    return dx, dA, (rows.t() @ h.flatten(0, -2)).to(B.dtype), None
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -130,8 +156,13 @@ def _input_gradient_fake(dy, weight, layout):
 
 _lib.impl("decode", decode, "CompositeImplicitAutograd")
 _lib.impl("adapted_linear", adapted_linear, "CompositeImplicitAutograd")
+_lib.impl("low_rank", low_rank, "CompositeExplicitAutograd")
 _lib.impl("adapted_linear_core", _core, "CompositeExplicitAutograd")
 _lib.impl("linear_input_gradient", _input_gradient_core, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "rewrite::low_rank", lambda x, A, B, scale: x.new_empty(*x.shape[:-1], B.shape[0]), lib=_lib
+)
+torch.library.register_autograd("rewrite::low_rank", _low_rank_backward, setup_context=_low_rank_setup, lib=_lib)
 torch.library.register_fake("rewrite::adapted_linear_core", _core_fake, lib=_lib)
 torch.library.register_fake("rewrite::linear_input_gradient", _input_gradient_fake, lib=_lib)
 torch.library.register_autograd("rewrite::adapted_linear_core", _core_backward, setup_context=_core_setup, lib=_lib)

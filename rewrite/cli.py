@@ -19,7 +19,7 @@ from rewrite.bind import Argument, arguments
 from rewrite.errors import Error, RewriteError, nearest
 from rewrite.finetune.bases import built_in_config
 from rewrite.finetune.request import Job
-from rewrite.folders import config_of, explained, skeleton, tiny_batch
+from rewrite.folders import config_of, explained, inputs_of, skeleton
 from rewrite.progress import waiting
 from rewrite.runtime.backend import BACKENDS
 from rewrite.runtime.files import write
@@ -98,11 +98,11 @@ def _skeleton(folder: str | None) -> Any:
 
 
 def _captured(args: argparse.Namespace, backend: str) -> Any:
-    """A model without numbers, compiled on a tiny batch: what the passes do depends on names and shapes alone."""
+    """A model without numbers, compiled on one batch: what the passes do depends on names and shapes alone."""
     rewrite.parse(args.spec)  # before anything slow
     with waiting("capture the graph"):
         model = rewrite.compile(_skeleton(args.model), args.spec, backend=backend)
-        batch = tiny_batch(model)
+        batch = inputs_of(model, args.batch, args.length)
         with explained("cannot capture this model without its weights, use rewrite.compile from Python"):
             model(**batch)
     return model
@@ -173,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
         "show what the passes change in the model's graph",
         "--model llama/ --spec 'lora@attn.q,v + nf4(base)' --html diff.html",
     )
+    _add_shape(shown)
     shown.add_argument("--html", metavar="FILE", help="write a page to look at")
     shown.add_argument("--json", metavar="FILE", help="write everything, programs included")
     counted = _with_model(
@@ -180,8 +181,9 @@ def _parser() -> argparse.ArgumentParser:
         "report",
         report,
         "count what training the model would store and compute",
-        "--model llama/ --spec 'lora@linear + nf4(base)'",
+        "--model llama/ --spec 'lora@linear + nf4(base)' --batch 1 --length 512",
     )
+    _add_shape(counted)
     counted.add_argument("--json", metavar="FILE", help="write the numbers")
     listed = _command(commands, "methods", methods, "list the methods and their arguments", "lora")
     listed.add_argument("names", nargs="*", metavar="method", help="only these")
@@ -204,6 +206,11 @@ def _with_model(commands: Any, name: str, run: Command, about: str, example: str
     return parser
 
 
+def _add_shape(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch", type=_positive, default=2, metavar="B", help="rows in a batch (default 2)")
+    parser.add_argument("--length", type=_length, default=16, metavar="T", help="tokens in a row (default 16)")
+
+
 def _add_finetune(commands: Any) -> None:
     about = "train an adapter on text, check it and save it"
     example = "--model llama/ --data notes/ --spec 'lora(r=8)@linear + nf4(base)' --out adapter/"
@@ -222,7 +229,13 @@ def _add_finetune(commands: Any) -> None:
     option("--steps", "steps", "optimizer steps", type=_positive, metavar="N")
     option("--batch", "batch", "rows in a batch", type=_positive, metavar="B")
     option("--length", "length", "tokens in a row; default: what the model takes, up to 256", type=_length, metavar="T")
-    option("--lr", "learning_rate", "largest learning rate", type=_rate, metavar="LR")
+    option(
+        "--lr",
+        "learning_rate",
+        "largest learning rate; default 3e-3 for the built-in model, else 2e-4",
+        type=_rate,
+        metavar="LR",
+    )
     option("--seed", "seed", "of initial values and order", type=int, metavar="S")
     option("--backend", "backend", "what runs the rewritten graph", choices=BACKENDS)
     option("--device", "device", "where to train, such as cuda", metavar="D")

@@ -112,7 +112,7 @@ def _hunks(record: GraphRecord, known: dict[tuple[str, str], str]) -> list[str]:
         # `training` is an argument of typed nodes, and says nothing about the edit.
         key = g.heading, re.sub(r"training=(True|False)", "training", "\n".join(body))
         first = known.setdefault(key, record.title)
-        lines += ["", f"@@ {g.heading} @@", *body] if first == record.title else [f"@@ {g.heading} @@ as {first}"]
+        lines += ["", f"@@ {g.heading} @@", *body] if first == record.title else [f"@@ {g.heading} @@ as in {first}"]
     return lines
 
 

@@ -5,8 +5,9 @@ It reads the attachment and the records of captured graphs; it never compiles, r
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 
@@ -161,12 +162,14 @@ def _operators(record: GraphRecord, state: Attachment) -> list[str]:
     reasons = {note.site: note.text for note in record.notes}
     fused = served_by(record.passes)
     serving: dict[tuple[str, str], list[str]] = defaultdict(list)
+    names = captured_as(_computed(state), record)
     for path, grafts in _computed(state).items():
-        if not (site := captured_as(path, record)):
+        if (site := names.get(path)) is None:
             continue
         labels = ", ".join(dict.fromkeys(g.label for g in grafts))
-        reason = "" if site in fused else reasons.get(site, "no rule for it")
-        serving[(FUSED if site in fused else PLAIN, f"{labels}: {reason}" if reason else labels)].append(path)
+        reason = reasons.get(site, "" if site in fused else "no rule for it")
+        op = PLAIN if site not in fused else f"{FUSED}, {PLAIN}" if reason else FUSED
+        serving[(op, f"{labels}: {reason}" if reason else labels)].append(path)
     rows = [("operator", "sites", "where", "what")]
     rows += [(op, str(len(paths)), summarise(paths), what) for (op, what), paths in serving.items()]
     told = {path for paths in serving.values() for path in paths}
@@ -189,11 +192,17 @@ def served_by(passes: Iterable[PassRecord]) -> set[str]:
     return {e.site for p in passes for e in p.edits if any(f"= {name}(" in line for line in e.added)}
 
 
-def captured_as(path: str, record: GraphRecord) -> str:
-    """The name that a module has in a graph, '' where it is not in it.  A graph of a part has shorter names."""
+def captured_as(paths: Collection[str], record: GraphRecord) -> dict[str, str]:
+    """The names that modules have in a graph, for those that are in it.
+
+    In a graph of a part names are relative to the part, and stand for every part that runs the same code.
+    """
     sites = {edit.site for edit in record.edits}
-    parts = path.split(".")
-    return next((s for i in range(len(parts)) if (s := ".".join(parts[i:])) in sites), "")
+    whole = {path: path for path in paths if path in sites}
+    if whole:
+        return whole
+    ends = {path: [path[m.end() :] for m in re.finditer(r"\.", path)] for path in paths}
+    return {path: next(e for e in names if e in sites) for path, names in ends.items() if sites & set(names)}
 
 
 def _missing(records: Sequence[GraphRecord], state: Attachment) -> list[str]:
@@ -201,8 +210,10 @@ def _missing(records: Sequence[GraphRecord], state: Attachment) -> list[str]:
     if not records:
         return []
     missing: dict[str, list[str]] = defaultdict(list)
-    for path, grafts in _computed(state).items():
-        if not any(captured_as(path, record) for record in records):
+    computed = _computed(state)
+    captured = {path for record in records for path in captured_as(computed, record)}
+    for path, grafts in computed.items():
+        if path not in captured:
             for graft in grafts:
                 missing[graft.label].append(path)
     return [f"not captured yet: {label} x{len(paths)} at {summarise(paths)}" for label, paths in missing.items()]

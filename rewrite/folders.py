@@ -74,22 +74,22 @@ def model_of(folder: str | os.PathLike[str], device: str) -> nn.Module:
         return model.to(device).eval()
 
 
-def tiny_batch(model: Any) -> dict[str, torch.Tensor]:
-    """A small batch for a Hugging Face model on the meta device: 2 x 16 tokens, or 2 images.
+def inputs_of(model: Any, batch: int, length: int) -> dict[str, torch.Tensor]:
+    """Inputs of a Hugging Face model on the meta device: `batch` rows of `length` tokens, or `batch` images.
 
     Raises `RewriteError` for models of other inputs.
     """
     config, meta = model.config, torch.device("meta")
-    ids = torch.zeros(2, 16, dtype=torch.int64, device=meta)
-    batch = {"input_ids": ids}
+    ids = torch.zeros(batch, length, dtype=torch.int64, device=meta)
+    inputs = {"input_ids": ids}
     if model.main_input_name == "pixel_values":
         size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-        batch = {"pixel_values": torch.zeros(2, config.num_channels, size, size, device=meta)}
+        inputs = {"pixel_values": torch.zeros(batch, config.num_channels, size, size, device=meta)}
     elif model.main_input_name != "input_ids":
         raise RewriteError(f"{type(model).__name__} takes {model.main_input_name}: use rewrite.compile from Python")
     if getattr(config, "is_encoder_decoder", False):
-        batch["decoder_input_ids"] = ids
-    return batch
+        inputs["decoder_input_ids"] = ids
+    return inputs
 
 
 @contextlib.contextmanager

@@ -143,11 +143,20 @@ def _vertices(inputs: Mapping[str, str], nodes: Sequence[Node], site: str) -> di
                     found[key] = _Vertex(key, "output", _leaf(node.site), "", [name])
             continue
         for name in reads:
-            if name not in inside and name not in found:
+            if name not in inside and name not in found and known[name]:  # a size has no type, and is no tensor
                 found[name] = _Vertex(name, _outside(name, inputs), short(name, site), known[name], [])
         kind: Kind = "fused" if "fuse" in node.rule else "new" if node.rule else "operator"
         found[node.name] = _Vertex(node.name, kind, _label(node), node.type, reads)
-    return found
+    return _read(found)
+
+
+def _read(vertices: dict[str, _Vertex]) -> dict[str, _Vertex]:
+    """Without what no output depends on: shapes, and nodes that wait for dead code elimination."""
+    kept = {v.name for v in vertices.values() if v.kind == "output"}
+    for v in reversed(vertices.values()):  # users come after what they read
+        if v.name in kept:
+            kept.update(v.needs)
+    return {name: v for name, v in vertices.items() if name in kept}
 
 
 def _outside(name: str, inputs: Mapping[str, str]) -> Kind:

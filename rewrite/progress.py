@@ -10,19 +10,19 @@ from typing import Any
 from tqdm import tqdm
 
 _DELAY = 2.0  # seconds before a bar appears at all
-_EVERY = 1.0  # seconds between two showings
+_EVERY = {True: 1.0, False: 15.0}  # seconds between two showings, on a terminal and in a log
 
 
 @contextlib.contextmanager
 def ticking(bar: Any) -> Iterator[None]:
-    """Show a tqdm bar anew every second while the block runs, from its third second on."""
+    """Show a tqdm bar anew from time to time while the block runs, from its third second on."""
     stop = threading.Event()
 
     def show() -> None:
         wait = _DELAY
         while not stop.wait(wait):
             bar.refresh()
-            wait = _EVERY
+            wait = _EVERY[bar.fp.isatty()]
 
     thread = threading.Thread(target=show, daemon=True)
     thread.start()

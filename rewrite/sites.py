@@ -167,19 +167,14 @@ class _Finder:
         return any(HINTS["cross"].search(part) for part in inside.split(".") if part)
 
     def feed_forward(self, place: Place, block: str) -> str:
+        """up, gate or down: by the shape, and for a square projection by whether it is the block's last."""
         rows, columns = place.shape[:2]
+        if rows < columns:
+            return "down"
         if _hint(place.path, "gate"):
-            return "gate" if rows >= columns else "down"
-        widths = [
-            p.shape[:2]
-            for p in self.linears
-            if p.path.startswith(f"{block}.") and self.attention_scope(p.path, block) is None
-        ]
-        if rows != columns:
-            return "up" if rows > columns else "down"
-        return (
-            "down" if widths and place.path == [p.path for p in self.linears if p.path.startswith(block)][-1] else "up"
-        )
+            return "gate"
+        last = [p.path for p in self.linears if p.path.startswith(f"{block}.")][-1]
+        return "down" if rows == columns and place.path == last else "up"
 
 
 def _in_stack(roles: Iterable[str], path: str, stack: str | None) -> list[str]:

@@ -18,7 +18,16 @@ from tqdm import tqdm
 
 from rewrite.errors import RewriteError
 from rewrite.runtime import captures, huggingface
-from rewrite.runtime.adapter import ADAPTERS, Adapter, Branch, Reparametrisation, Stored, call_adapters, keep_bits, load_stored
+from rewrite.runtime.adapter import (
+    ADAPTERS,
+    Adapter,
+    Branch,
+    Reparametrisation,
+    Stored,
+    call_adapters,
+    keep_bits,
+    load_stored,
+)
 from rewrite.runtime.fallback import Calls
 from rewrite.runtime.graft import Graft
 from rewrite.runtime.originals import Originals

@@ -74,7 +74,9 @@ class _Editor:
         weight = self.state[f"{graft.path}.{graft.tensor}"]
         start = graft.initialise(graft.view(weight.detach())) if graft.initialise else {}
         prefix = f"{graft.path}.{ADAPTERS}.{graft.name}."
-        nodes = [self.parameter(prefix + n, start[n], slot.trainable) for n, slot in reversed(list(graft.slots.items()))]
+        nodes = [
+            self.parameter(prefix + n, start[n], slot.trainable) for n, slot in reversed(list(graft.slots.items()))
+        ]
         return nodes[::-1]
 
     def add_output(self, graft: Graft) -> None:
@@ -82,7 +84,9 @@ class _Editor:
         assert op is not None
         calls = [b for call in module_calls(self.graph, graft.path) if (b := boundary(call)) is not None]
         if not calls:
-            raise RewriteError(f"no node of the exported program computes {graft.path}: {graft.label} has no place there")
+            raise RewriteError(
+                f"no node of the exported program computes {graft.path}: {graft.label} has no place there"
+            )
         theta = self.theta(graft)
         for x, y in calls:
             users = list(y.users)

@@ -6,9 +6,10 @@ Sizes are rectangular wherever the architecture allows it, and heads share keys 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import (
     BertConfig,
@@ -80,6 +81,25 @@ def t5(**changes: Any) -> nn.Module:
     return T5ForConditionalGeneration(T5Config(**{**_T5, **changes}))
 
 
+class Output(NamedTuple):
+    """What the Hugging Face models return, as far as tests ask for it."""
+
+    loss: torch.Tensor
+    logits: torch.Tensor
+
+
+class Small(nn.Module):
+    """Two projections, for what does not depend on the architecture: compiles in a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(7, 19), nn.Linear(19, 5, bias=False)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> Output:
+        logits = self.down(F.gelu(self.up(x)))
+        return Output(F.mse_loss(logits, labels), logits)
+
+
 BUILDERS: Mapping[str, Callable[..., nn.Module]] = {
     "llama": llama,
     "gpt2": gpt2,
@@ -100,7 +120,7 @@ def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, **change
     """A tiny model with the random weights of `seed`; every call with the same arguments gives the same model."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = BUILDERS[name](**changes)
+        model = Small() if name == "small" else BUILDERS[name](**changes)
     return model.to(dtype)
 
 
@@ -109,6 +129,9 @@ def batch(
 ) -> dict[str, Any]:
     """Inputs with labels for the model of that name."""
     g = torch.Generator().manual_seed(seed)
+    if name == "small":
+        x, labels = torch.randn(rows, tokens, 12, generator=g, dtype=torch.float64).to(dtype).split([7, 5], dim=-1)
+        return {"x": x, "labels": labels}
     ids = torch.randint(3, VOCABULARY, (rows, tokens), generator=g)
     classes = torch.randint(0, 2, (rows,), generator=g)
     if name == "vit":
@@ -184,7 +207,9 @@ def traces(model: nn.Module) -> list[str]:
         found += [f"{path}: {type(module).__name__}" for _ in [0] if "Parametrized" in type(module).__name__]
         found += [f"{path}.{key}" for key in _ours(vars(module))]
         found += [f"{path}.{key}" for key in module._modules if key in ("adapters", "parametrizations")]
-        hooks: list[Any] = [hook for name, held in vars(module).items() if name.endswith("_hooks") for hook in held.values()]
+        hooks: list[Any] = [
+            hook for name, held in vars(module).items() if name.endswith("_hooks") for hook in held.values()
+        ]
         found += [f"{path}: {hook}" for hook in hooks if "rewrite" in _module(hook)]
     if model._compiled_call_impl is not None:
         found.append("a compiled call")

@@ -104,7 +104,7 @@ def _adapt(job: Job, request: Request, model: nn.Module) -> Curve:
         request.blocks.train,
         steps=job.steps,
         batch=job.batch,
-        learning_rate=job.learning_rate,
+        learning_rate=job.learning_rate or (3e-3 if job.model is None else 2e-4),
         seed=job.seed,
         progress="adapt",
     )

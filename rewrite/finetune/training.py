@@ -69,7 +69,7 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        curve.losses.append(float(loss))
+        curve.losses.append(loss.item())
         curve.seconds.append(time.perf_counter() - start)
         bar.set_postfix(loss=f"{curve.losses[-1]:.3f}", refresh=False)
         if not math.isfinite(curve.losses[-1]):
@@ -104,5 +104,5 @@ def evaluate(model: nn.Module, held: torch.Tensor, batch: int, progress: str, li
         ids = torch.cat([part, part[:1].expand(batch - len(part), -1)]).to(device)
         labels = ids.clone()
         labels[len(part) :] = -100
-        total += float(model(input_ids=ids, labels=labels).loss) * len(part)
+        total += model(input_ids=ids, labels=labels).loss.item() * len(part)
     return total / len(rows)

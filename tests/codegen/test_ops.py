@@ -141,3 +141,17 @@ def test_flops_are_counted():
         torch.ops.rewrite.adapted_linear(leaf(4, IN), weight, text, None, h, B, scale, start).sum().backward()
     forward, dx, dh, dB = 4 * (OUT * IN + OUT * 3), 4 * OUT * IN, 4 * OUT * 3, 4 * OUT * 3
     assert count.get_total_flops() == 2 * (forward + dx + dh + dB)
+
+
+@pytest.mark.parametrize("shape", [(4, IN), (2, 3, IN), (1, IN), (0, IN)], ids=str)
+def test_low_rank_of_another_dtype(shape):
+    x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    A, B = torch.randn(3, IN, requires_grad=True), torch.randn(OUT, 3, requires_grad=True)
+    ours = torch.ops.rewrite.low_rank(x, A, B, 0.7)
+    plain = F.linear(F.linear(x, A.double()), B.double()) * 0.7
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    dy = torch.randn_like(plain)
+    for a, b in zip(torch.autograd.grad(ours, (x, A, B), dy), torch.autograd.grad(plain, (x, A, B), dy), strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    torch.library.opcheck(torch.ops.rewrite.low_rank.default, (x, A, B, 0.7))

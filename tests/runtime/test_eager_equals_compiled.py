@@ -16,15 +16,24 @@ import rewrite
 from rewrite.runtime import captures
 from rewrite.runtime.attach import require
 from rewrite.runtime.backend import rewrite_backend
-from tests.models import SPECS, assert_close, assert_same, batch, build, disturb, gradients, step
+from tests.models import SPECS, assert_close, assert_same, batch, build, disturb, gradients, step, traces
 
 EAGER: dict[str, Any] = {"backend": "eager"}
 SPEC = SPECS["lora+nf4"]
 
 
-def compiled(name: str = "llama", spec: str = SPEC, seed: int = 0, **settings: Any) -> Any:
+LAYERS = {"llama": "num_hidden_layers", "qwen3": "num_hidden_layers", "gpt2": "n_layer"}
+# Under pytest, which turns warnings into errors, Dynamo's own look at a tensor between two graphs would be one.
+between_graphs = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+
+def one_layer(name: str, seed: int = 0) -> Any:
+    return build(name, seed=seed, **({LAYERS[name]: 1} if name in LAYERS else {}))
+
+
+def compiled(name: str, spec: str = SPEC, seed: int = 0, **settings: Any) -> Any:
     torch.manual_seed(seed)
-    return disturb(rewrite.compile(build(name, seed=seed), spec, **{**EAGER, **settings}), seed=seed + 2)
+    return disturb(rewrite.compile(one_layer(name, seed), spec, **{**EAGER, **settings}), seed=seed + 2)
 
 
 def assert_equals_eager(model: nn.Module, inputs: dict[str, Any], call: Callable[..., Any] | None = None) -> None:
@@ -44,10 +53,10 @@ def adapted(model: nn.Module, inputs: dict[str, Any]) -> bool:
 
 
 def test_after_the_recompile_limit(caplog: pytest.LogCaptureFixture):
-    model = compiled(dynamic=False)
+    model = compiled("small", "lora(r=3)@linear + nf4(base)", dynamic=False)
     with torch._dynamo.config.patch(recompile_limit=1), caplog.at_level(logging.WARNING, logger="rewrite"):
         for tokens in (5, 6, 7):
-            inputs = batch("llama", tokens=tokens)
+            inputs = batch("small", tokens=tokens)
             assert adapted(model, inputs)
             assert_equals_eager(model, inputs)
     calls = require(model).calls
@@ -58,29 +67,26 @@ def test_after_the_recompile_limit(caplog: pytest.LogCaptureFixture):
 
 
 def test_an_ordinary_session_stays_below_the_limit():
-    model = compiled(spec="lora(r=4)@attn.q,v", dynamic=False)
+    model = compiled("small", "lora(r=3)@linear", dynamic=False)
     for rows, tokens in [(2, 4), (2, 5), (3, 4), (3, 6), (1, 4), (4, 4)]:
-        model(**batch("llama", rows, tokens))
+        model(**batch("small", rows, tokens))
         with torch.no_grad():
-            model(**batch("llama", rows, tokens))
+            model(**batch("small", rows, tokens))
     assert len(captures.records_of(model)) == 12  # Dynamo's own limit is 8
     assert require(model).calls.eager == 0
 
 
 def test_with_compilation_disabled():
-    model, inputs = compiled(), batch("llama")
+    model, inputs = compiled("llama"), batch("llama")
     with torch._dynamo.config.patch(disable=True):
         assert adapted(model, inputs)
         assert_equals_eager(model, inputs)
-    assert require(model).calls.eager == 1
+    assert (require(model).calls.total, require(model).calls.eager) == (1, 1)
     assert captures.records_of(model) == []
-    assert_equals_eager(model, inputs)
-    assert require(model).calls.eager == 1
-    assert len(captures.records_of(model)) == 1
 
 
 def test_a_deep_copy_has_the_function_and_tensors_of_its_own():
-    model, inputs = compiled(spec="lora(r=4)@attn.q,v + nf4(base) + full(norm)"), batch("llama")
+    model, inputs = compiled("llama", "lora(r=4)@attn.q,v + nf4(base) + full(norm)"), batch("llama")
     before = model(**inputs).logits
     twin = copy.deepcopy(model)
     assert torch.equal(twin(**inputs).logits, model.forward(**inputs).logits)
@@ -96,7 +102,7 @@ def test_a_deep_copy_has_the_function_and_tensors_of_its_own():
 
 
 def test_a_deep_copy_compiles_anew():
-    model, inputs = compiled(), batch("llama")
+    model, inputs = compiled("small", "lora(r=3)@linear + nf4(base)"), batch("small")
     model(**inputs)
     twin = copy.deepcopy(model)
     twin.compile(backend=rewrite_backend, options=EAGER)
@@ -108,7 +114,7 @@ def test_a_deep_copy_compiles_anew():
 
 
 def test_a_part_called_directly():
-    model, inputs = compiled(), batch("llama")
+    model, inputs = compiled("llama"), batch("llama")
     hidden = model.model(inputs["input_ids"]).last_hidden_state
     assert_close(model.lm_head(hidden), model(**inputs).logits)
     layer = model.model.layers[0].self_attn.q_proj
@@ -129,24 +135,27 @@ def test_gradient_checkpointing(name: str):
     assert_close(checkpointed.loss, plain.loss)
     assert_same(checkpointed_gradients, plain_gradients)
     assert_equals_eager(model, inputs)
-    model.gradient_checkpointing_disable()
-    assert_equals_eager(model, inputs)
 
 
-def test_checkpointing_enabled_before_we_attach():
-    model, inputs = build("llama"), batch("llama")
-    model.gradient_checkpointing_enable()
-    model.enable_input_require_grads()
-    torch.manual_seed(0)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_enabled_before_we_attach(reentrant: bool):
+    model, inputs = one_layer("llama"), batch("llama")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    plain = disturb(rewrite.attach(one_layer("llama"), SPEC))
     disturb(rewrite.compile(model, SPEC, backend="eager")).train()
+    model.load_state_dict(plain.state_dict())
     counters.clear()
     assert_equals_eager(model, inputs)
     assert (counters["stats"]["unique_graphs"], dict(counters["graph_break"])) == (1, {})
+    assert_same(step(model, model, inputs)[1], step(plain, plain, inputs)[1])
+    rewrite.remove(model)  # the hook and the user's choice are back
+    assert traces(model) == []
+    assert model.model.embed_tokens(inputs["input_ids"]).requires_grad
+    assert model.model.layers[0]._gradient_checkpointing_func.keywords == {"use_reentrant": reentrant}
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_autocast(backend: str):
-    model = disturb(rewrite.compile(build("llama", torch.float32), SPEC, backend=backend))
+def test_autocast():
+    model = disturb(rewrite.compile(build("llama", torch.float32), SPEC, backend="eager"))
     inputs = batch("llama")
     exact, exact_gradients = step(model, model.forward, inputs)
     with torch.autocast("cpu", torch.bfloat16):
@@ -156,7 +165,8 @@ def test_autocast(backend: str):
     assert found_gradients.keys() == eager_gradients.keys()
 
     def error(tensor: torch.Tensor, reference: torch.Tensor) -> float:
-        return float((tensor.detach().double() - reference.detach().double()).norm() / reference.double().norm())
+        tensor, reference = tensor.detach().double(), reference.detach().double()
+        return float((tensor - reference).norm() / reference.norm())
 
     # bfloat16 rounds to 1 in 256; the fused operator rounds elsewhere, but not more.
     assert error(found.logits, eager.logits) < 2**-7
@@ -167,7 +177,7 @@ def test_autocast(backend: str):
 
 
 def test_two_models_in_one_process():
-    first, second, third = compiled("llama"), compiled("gpt2"), compiled("llama", "lora(r=3)@ffn", seed=5)
+    first, second, third = compiled("llama"), compiled("gpt2"), compiled("llama", "lora(r=3)@ffn.up", seed=5)
     inputs = {id(m): batch(n) for m, n in ((first, "llama"), (second, "gpt2"), (third, "llama"))}
     for _ in range(2):
         for model in (first, second, third):
@@ -184,11 +194,12 @@ def test_two_models_in_one_process():
 def test_plain_torch_compile_of_an_attached_model():
     model, inputs = disturb(rewrite.attach(build("llama"), SPEC)), batch("llama")
     call = torch.compile(model, backend=rewrite_backend, options=EAGER, fullgraph=True)
-    assert_equals_eager(model, inputs, call)
+    assert_equals_eager(model, inputs, lambda **kwargs: call(**kwargs))
     (record,) = captures.records_of(model)
     assert {e.rule for e in record.edits} >= {"insert", "batch", "fuse_branch", "fuse_storage"}
 
 
+@between_graphs
 def test_layers_compiled_one_by_one():
     model, inputs = disturb(rewrite.attach(build("llama"), SPEC)), batch("llama")
     for layer in model.get_submodule("model.layers"):
@@ -229,6 +240,7 @@ class Broken(nn.Module):
         return self.second(x)
 
 
+@between_graphs
 def test_a_graph_break_in_the_model():
     model = disturb(rewrite.compile(Broken().double(), "lora(r=2)@linear", backend="eager"))
     x = torch.randn(4, 7, dtype=torch.float64)
@@ -244,7 +256,7 @@ def test_a_graph_break_in_the_model():
 
 
 def test_training_and_evaluation_take_turns():
-    model, inputs = compiled(spec="lora(r=4, dropout=0.5)@attn.q,v"), batch("llama")
+    model, inputs = compiled("small", "lora(r=4, dropout=0.5)@linear"), batch("small")
     for training in (True, False, True, False):
         model.train(training)
         torch.manual_seed(4)
@@ -257,7 +269,7 @@ def test_training_and_evaluation_take_turns():
 
 
 def test_inference_mode_and_no_grad():
-    model, inputs = compiled(), batch("llama")
+    model, inputs = compiled("llama"), batch("llama")
     expected = model.forward(**inputs).logits
     for context in (torch.no_grad, torch.inference_mode):
         with context():
