@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.proxy import GraphAppendingTracer
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.proxy import GraphAppendingTracer
 
 from rewrite.passes.record import GraphRecord
 

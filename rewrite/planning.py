@@ -160,11 +160,11 @@ class _Resolver:
             raise self.error(term, f"'{term}' matches nothing in {self.inventory.model}", self.nearest(term))
         fitting = [(n, s) for n, s in found if s.kind in bound.method.kinds]
         if not fitting:
-            kinds = ", ".join(sorted({s.kind for _, s in found}))
+            kinds, method, model = sorted({s.kind for _, s in found}), bound.method, self.inventory.model
             raise self.error(
                 term,
-                f"{bound.method.name} cannot stand at '{term}': its sites in {self.inventory.model} are of kind {kinds}",
-                f"{bound.method.name} takes: {', '.join(sorted(bound.method.kinds))}",
+                f"{method.name} cannot stand at '{term}': its sites in {model} are of kind {', '.join(kinds)}",
+                f"{method.name} takes: {', '.join(sorted(method.kinds))}",
             )
         if term.kind != "role":  # a path names whole modules, unless nothing but parts is there
             whole = {s.path for _, s in fitting if s.rows is None}

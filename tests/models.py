@@ -207,9 +207,8 @@ def traces(model: nn.Module) -> list[str]:
         found += [f"{path}: {type(module).__name__}" for _ in [0] if "Parametrized" in type(module).__name__]
         found += [f"{path}.{key}" for key in _ours(vars(module))]
         found += [f"{path}.{key}" for key in module._modules if key in ("adapters", "parametrizations")]
-        hooks: list[Any] = [
-            hook for name, held in vars(module).items() if name.endswith("_hooks") for hook in held.values()
-        ]
+        held = [v for name, v in vars(module).items() if name.endswith("_hooks") and isinstance(v, Mapping)]
+        hooks = [hook for each in held for hook in each.values()]
         found += [f"{path}: {hook}" for hook in hooks if "rewrite" in _module(hook)]
     if model._compiled_call_impl is not None:
         found.append("a compiled call")

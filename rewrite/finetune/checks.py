@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from rewrite.finetune.training import filled
 from rewrite.table import table
 
 _ALLOWED = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 8e-3, torch.bfloat16: 6e-2}
@@ -29,14 +30,9 @@ class Check:
         return self.difference <= self.allowed  # false for nan
 
 
-def allowed(logits: torch.Tensor) -> float:
-    """The difference that rounding may make between two orders of the same computation."""
-    return _ALLOWED[logits.dtype]
-
-
-def compare(name: str, found: torch.Tensor, wanted: torch.Tensor) -> Check:
-    """The check that `found` equals `wanted`, both logits (batch, length, vocabulary)."""
-    return Check(name, difference(found, wanted), allowed(wanted))
+def allowed(model: nn.Module) -> float:
+    """The difference that rounding may make between two orders of a model's computation: by its coarsest dtype."""
+    return max(_ALLOWED.get(p.dtype, 0.0) for p in model.parameters())
 
 
 def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -46,12 +42,14 @@ def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def logits(model: nn.Module, rows: torch.Tensor, *, compiled: bool) -> torch.Tensor:
-    """The logits of a batch in evaluation mode, through the compiled call of the model or past it."""
+def logits(model: nn.Module, rows: torch.Tensor, batch: int, *, compiled: bool) -> torch.Tensor:
+    """The logits of at most two rows of text, in evaluation mode, through the model's compiled call or past it.
+
+    They run in a batch of `batch` rows with labels: a graph that evaluation has compiled already.
+    """
     model.eval()
-    rows = rows.to(next(model.parameters()).device)
-    # The labels are there so that this is a graph that evaluation has compiled already.
-    return (model if compiled else model.forward)(input_ids=rows, labels=rows).logits
+    inputs = filled(rows.to(next(model.parameters()).device), batch)
+    return (model if compiled else model.forward)(**inputs).logits[: min(2, len(rows))]
 
 
 def listed(checks: list[Check], moved: float) -> str:

@@ -95,9 +95,15 @@ def english() -> list[Text]:
 
 
 def python_source() -> list[Text]:
-    """The modules at the top of the standard library; not its packages, so nothing of `english()` is among them."""
+    """The modules at the top of the standard library; not its packages, so nothing of `english()` is among them.
+
+    Raises `RewriteError` where Python is installed without its source.
+    """
     folder = Path(sysconfig.get_paths()["stdlib"])
-    return [text for file in sorted(folder.glob("*.py")) if (text := _decoded(file, file.name))]
+    found = [text for file in sorted(folder.glob("*.py")) if (text := _decoded(file, file.name))]
+    if not found:
+        raise RewriteError(f"this Python comes without its source in {folder}: give a --model")
+    return found
 
 
 def tokenise(texts: Iterable[Text], tokenizer: Any, progress: str = "tokenise") -> torch.Tensor:

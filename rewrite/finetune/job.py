@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -57,12 +58,13 @@ def finetune(job: Job, say: Say = print) -> Result:
 
     Example: `finetune(Job(out="adapter", model="llama/", data="notes/", spec="lora(r=16)@linear-head"))`
     """
+    start = time.perf_counter()
     request = prepare(job)
     base = _base(job, say)
     say("\n".join([f"base     {base.about}", *request.lines, ""]))
     held, model = request.blocks.held, base.model
     base_loss = evaluate(model, held, job.batch, "base")
-    before = checks.logits(model, held[:2], compiled=False)
+    before = checks.logits(model, held, job.batch, compiled=False)
     torch.manual_seed(job.seed)
     parameters = sum(p.numel() for p in model.parameters())
     rewrite.compile(model, job.spec, backend=job.backend, dynamic=False)
@@ -80,10 +82,11 @@ def finetune(job: Job, say: Say = print) -> Result:
     say(_summary(result, job.steps))
     say(f"\n{rewrite.report(model)}\n")
     rewrite.save(model, job.out)
-    result.checks = _checks(job, base, held[: job.batch], before, say)
+    result.checks = _checks(job, base, held, before, say)
     rewrite.diff(model).to_html(Path(job.out, "diff.html"))
     _write(Path(job.out, "result.json"), {"job": asdict(job), **asdict(result)})
-    say(f"wrote    {Path(job.out)}: adapter.safetensors, rewrite.json, result.json, and diff.html to look at")
+    say(f"wrote    adapter.safetensors, rewrite.json, result.json, and diff.html to look at, in {Path(job.out)}/")
+    say(f"took     {duration(time.perf_counter() - start)}")
     return result
 
 
@@ -126,16 +129,17 @@ def _summary(result: Result, steps: int) -> str:
 def _checks(job: Job, base: Base, rows: torch.Tensor, before: torch.Tensor, say: Say) -> list[Check]:
     """Is the adapter on disk, loaded or merged, the model that was trained; is the compiled one the eager one?"""
     model, fresh = base.model, base.fresh()
-    adapted = checks.logits(model, rows, compiled=False)
-    compiled = checks.logits(model, rows, compiled=True)
-    reloaded = checks.logits(rewrite.load(fresh, job.out), rows, compiled=False)
-    merged = checks.logits(rewrite.merge(fresh), rows, compiled=False)
+    limit = checks.allowed(fresh)
+    adapted = checks.logits(model, rows, job.batch, compiled=False)
+    compiled = checks.logits(model, rows, job.batch, compiled=True)
+    loaded = checks.logits(rewrite.load(fresh, job.out), rows, job.batch, compiled=False)
+    merged = checks.logits(rewrite.merge(fresh), rows, job.batch, compiled=False)
     found = [
-        checks.compare("saved and loaded on a fresh base", reloaded, adapted),
-        checks.compare("merged into a plain model", merged, adapted),
-        checks.compare(f"compiled ({job.backend})", compiled, adapted),
+        Check("saved and loaded on a fresh base", checks.difference(loaded, adapted), limit),
+        Check("merged into a plain model", checks.difference(merged, adapted), limit),
+        Check(f"compiled ({job.backend})", checks.difference(compiled, adapted), limit),
     ]
-    say(checks.listed(found, moved=checks.difference(adapted[: len(before)], before)))
+    say(checks.listed(found, moved=checks.difference(adapted, before)))
     say(f"{merge_report(fresh)}\n")
     return found
 

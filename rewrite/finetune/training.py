@@ -101,8 +101,13 @@ def evaluate(model: nn.Module, held: torch.Tensor, batch: int, progress: str, li
     model.eval()
     total = 0.0
     for part in tqdm(rows.split(batch), desc=progress, unit="batch", delay=2, leave=False):
-        ids = torch.cat([part, part[:1].expand(batch - len(part), -1)]).to(device)
-        labels = ids.clone()
-        labels[len(part) :] = -100
-        total += model(input_ids=ids, labels=labels).loss.item() * len(part)
+        total += model(**filled(part.to(device), batch)).loss.item() * len(part)
     return total / len(rows)
+
+
+def filled(rows: torch.Tensor, batch: int) -> dict[str, torch.Tensor]:
+    """Inputs of exactly `batch` rows, so that no new shape is compiled; rows that are added have no label."""
+    ids = torch.cat([rows, rows[:1].expand(max(0, batch - len(rows)), -1)])[:batch]
+    labels = ids.clone()
+    labels[len(rows) :] = -100
+    return {"input_ids": ids, "labels": labels}

@@ -67,6 +67,7 @@ class Olora(Init):
         B.copy_(Q[:, : A.shape[0]])
 
 
+_KAIMING = Kaiming()
 INITS = {"kaiming": Kaiming, "gaussian": Gaussian, "pissa": Pissa, "olora": Olora}
 
 
@@ -79,7 +80,7 @@ class Lora(Method):
     dropout: float = arg(0.0, low=0, below=1, help="probability of dropping an input of the branch in training")
     scale: Literal["linear", "rs"] = arg("linear", help="s = alpha / r, or alpha / sqrt(r) for rs")
     bias: bool = arg(False, help="train a bias c on B")
-    init: Init = arg(Kaiming(), choices=INITS, help="how A and B start")
+    init: Init = arg(_KAIMING, choices=INITS, help="how A and B start")
 
     paper = "https://arxiv.org/abs/2106.09685"
 
@@ -107,7 +108,8 @@ class Lora(Method):
     def fits(self, site: Site) -> str | None:
         limit = min(site.in_features, site.out_features)
         if self.init.residual and self.r > limit:
-            return f"r={self.r} is more than the rank {limit} of its weight, which init={type(self.init).__name__.lower()} needs"
+            init = type(self.init).__name__.lower()
+            return f"r={self.r} is more than the rank {limit} of its weight, which init={init} needs"
         return None
 
     def delta(  # pyright: ignore[reportIncompatibleMethodOverride]  # each method names its own tensors

@@ -124,7 +124,7 @@ def test_a_trained_weight_is_left_alone_and_reported():
 
 
 def test_a_pass_with_nothing_to_do_makes_no_edits():
-    gm, record = run("nf4(linear)")
+    gm, _ = run("nf4(linear)")
     again = GraphRecord("again")
     text = str(gm.graph)
     pipeline.run(gm, again)

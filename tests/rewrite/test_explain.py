@@ -13,6 +13,7 @@ import rewrite
 from rewrite.passes.record import summarise
 from rewrite.runtime.attach import require
 from rewrite.runtime.backend import rewrite_backend
+from rewrite.runtime.captures import records_of
 from rewrite.runtime.merge import merge_report
 from tests.rewrite.decoder import IDS, SPEC, Decoder, compiled
 
@@ -130,6 +131,18 @@ def test_a_fallback_has_its_reason():
     (line,) = [line for line in rewrite.explain(model).splitlines() if "plain operators" in line]
     assert line.split()[:3] == ["plain", "operators", "2"]
     assert line.endswith("lora(r=4): not fused: its base weight is trained")
+
+
+def test_a_layer_that_is_fused_in_part_says_so():
+    model = compiled("lora(r=4)@attn.q")
+    records_of(model)[0].note("layers.0.self_attn.q_proj", "one branch is left")
+    records_of(model)[0].note("layers.1.mlp", "something else")
+    text = rewrite.explain(model)
+    assert re.search(
+        r"adapted_linear, plain operators +1  layers.0.self_attn.q_proj  lora\(r=4\): one branch is left", text
+    )
+    assert re.search(r"adapted_linear +1  layers.1.self_attn.q_proj  lora\(r=4\)$", text, re.MULTILINE)
+    assert "note: layers.1.mlp: something else" in text
 
 
 def test_two_models_do_not_mix():
