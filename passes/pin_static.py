@@ -24,27 +24,26 @@ _EQUATION = "save(f(frozen weights))  ->  recompute f(frozen weights) in the bac
 
 def pin_static(graph: fx.Graph, frozen: Collection[fx.Node], trained: Collection[fx.Node]) -> PassRecord:
     """Tag MUST_RECOMPUTE on everything that depends only on the frozen (and cheaply on the trained) inputs."""
-    record = PassRecord("pin_static")
-    fixed, moved = set(frozen), set(frozen) | set(trained)
+    fixed, moved, pinned = set(frozen), set(frozen) | set(trained), []
     for node in graph.nodes:
-        needs = node.all_input_nodes
-        if node.op != "call_function" or not needs or _random(node):
+        needs = node.all_input_nodes  # none at all: a constant, such as the entries of a code book
+        if node.op == "get_attr":
+            fixed.add(node)
+            moved.add(node)
+        if node.op != "call_function" or _random(node):
             continue
         if fixed.issuperset(needs):
             fixed.add(node)
         elif not (moved.issuperset(needs) and (node.target in _MOVES or is_view(node))):
             continue
         moved.add(node)
-        _pin(node)
-        if not any(user in fixed for user in node.users):
-            record.edits.append(_edit(node))
-    return record
-
-
-def _pin(node: fx.Node) -> None:
-    node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-    # The partitioner reads tags only where a region id stands beside them.
-    node.meta.setdefault("ac_graph_id", 0)
+        pinned.append(node)
+        node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+        # The partitioner reads tags only where a region id stands beside them.
+        node.meta.setdefault("ac_graph_id", 0)
+    # One record per value that something else reads; what it is made of goes without saying.
+    edges = [n for n in pinned if n.all_input_nodes and any(user not in moved for user in n.users)]
+    return PassRecord("pin_static", [_edit(node) for node in edges])
 
 
 def _random(node: fx.Node) -> bool:

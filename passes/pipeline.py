@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -49,29 +50,45 @@ def run(gm: fx.GraphModule, record: GraphRecord, pipeline: tuple[Pass, ...] = PI
 
     Returns `record` with one `PassRecord` per pass, the programs before and after, and notes on fallbacks.
     """
-    drop_unread(gm.graph)
-    record.nodes_before, record.before = len(gm.graph.nodes), program(gm.graph, "captured")
+    parts = [part for part in gm.modules() if isinstance(part, fx.GraphModule)]  # checkpointed regions are inside
+    graphs = [part.graph for part in parts]
+    for graph in graphs:
+        drop_unread(graph)
+    record.nodes_before, record.before = _nodes(graphs), _programs(graphs, "captured")
     dump(record, 0, "captured", record.before)
     text = record.before
     for number, step in enumerate(pipeline, 1):
         done = PassRecord(step.name)
         begin = time.perf_counter()
         for rule in step.rules:
-            apply_rule(gm.graph, rule, done, record)
+            for graph in graphs:
+                apply_rule(graph, rule, done, record)
         done.seconds = time.perf_counter() - begin
-        gm.graph.lint()
-        verify(gm.graph, step)
+        for graph in graphs:
+            graph.lint()
+            verify(graph, step)
         record.passes.append(done)
         heading = f"after {step.name}: {len(done.edits)} edits, {done.seconds * 1e3:.1f} ms"
         log.info("%s, %s", record.title, heading)
         if done.edits:
-            text = program(gm.graph, heading)
+            text = _programs(graphs, heading)
             log.debug("%s", text)
         dump(record, number, step.name, text)
-    gm.recompile()
-    _note_unfused(gm.graph, record)
-    record.nodes_after, record.after = len(gm.graph.nodes), text
+    for part in parts:
+        part.recompile()
+        _note_unfused(part.graph, record)
+    record.nodes_after, record.after = _nodes(graphs), text
     return record
+
+
+def _nodes(graphs: Sequence[fx.Graph]) -> int:
+    return sum(len(graph.nodes) for graph in graphs)
+
+
+def _programs(graphs: Sequence[fx.Graph], heading: str) -> str:
+    first, *inner = graphs
+    texts = [program(graph, f"checkpointed region {number}") for number, graph in enumerate(inner)]
+    return "\n".join([program(first, heading), *texts])
 
 
 def drop_unread(graph: fx.Graph) -> None:

@@ -19,7 +19,7 @@ from rewrite.bind import Argument, arguments
 from rewrite.errors import Error, RewriteError, nearest
 from rewrite.finetune.bases import built_in_config
 from rewrite.finetune.request import Job
-from rewrite.folders import config_of, explained, inputs_of, skeleton
+from rewrite.folders import config_of, inputs_of, skeleton
 from rewrite.progress import waiting
 from rewrite.runtime.backend import BACKENDS
 from rewrite.runtime.files import write
@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
-        return args.run(args)
+        status: int = args.run(args)
+        sys.stdout.flush()
+        return status
     except Error as error:
         print(f"rewrite {args.command}: {error}", file=sys.stderr)
         return 2
@@ -103,8 +105,15 @@ def _captured(args: argparse.Namespace, backend: str) -> Any:
     with waiting("capture the graph"):
         model = rewrite.compile(_skeleton(args.model), args.spec, backend=backend)
         batch = inputs_of(model, args.batch, args.length)
-        with explained("cannot capture this model without its weights, use rewrite.compile from Python"):
+        try:
             model(**batch)
+        except (RuntimeError, NotImplementedError) as error:
+            if "meta" not in str(error).lower():
+                raise
+            name = type(model).__name__
+            raise RewriteError(
+                f"{name} reads numbers to decide what to compute: use rewrite.compile in Python"
+            ) from error
     return model
 
 

@@ -22,7 +22,12 @@ _GRAFTED = re.compile(rf"(?:^|\.)(?:{ADAPTERS}|parametrizations)(?:\.|$).*")
 
 def has_adapters(gm: fx.GraphModule) -> bool:
     """Whether a captured graph holds anything of ours."""
-    return any(n.op == "call_function" and typed_op(n.target) is not None for n in gm.graph.nodes)
+    return any(
+        node.op == "call_function" and typed_op(node.target) is not None
+        for part in gm.modules()  # a checkpointed region is a graph inside the graph
+        if isinstance(part, fx.GraphModule)
+        for node in part.graph.nodes
+    )
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
@@ -38,7 +43,11 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     new_gm = fx.GraphModule(gm, graph)
     new_gm.meta = dict(gm.meta)
     # By this attribute AOTAutograd knows a graph of Dynamo's, and without it which inputs are parameters.
-    new_gm._param_name_to_source = gm._param_name_to_source  # type: ignore[attr-defined]
+    if hasattr(gm, "_param_name_to_source"):
+        new_gm._param_name_to_source = gm._param_name_to_source  # type: ignore[attr-defined]
+    for name, inner in gm.named_children():
+        if isinstance(inner, fx.GraphModule):
+            setattr(new_gm, name, copy_graph(inner))
     _rename(graph)
     return new_gm
 
@@ -80,12 +89,9 @@ def _rename(graph: fx.Graph) -> None:
 
 
 def adapter_tensors(gm: fx.GraphModule) -> Iterator[torch.Tensor]:
-    """The real tensors behind the placeholders that typed nodes read."""
+    """The real tensors of ours that a graph reads: of adapters and of storage."""
     for node in gm.graph.nodes:
-        if node.op != "call_function" or typed_op(node.target) is None:
-            continue
-        for needed in node.all_input_nodes:
-            argument = needed.meta.get("grapharg") if needed.op == "placeholder" else None
-            value = getattr(argument, "example", None)
+        if node.op == "placeholder" and _GRAFTED.search(path_of(node)):
+            value = getattr(node.meta.get("grapharg"), "example", None)
             if isinstance(value, torch.Tensor):
                 yield value

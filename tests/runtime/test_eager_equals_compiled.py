@@ -133,6 +133,10 @@ def test_gradient_checkpointing(name: str):
     checkpointed, checkpointed_gradients = step(model, model, inputs)
     assert (counters["stats"]["unique_graphs"], dict(counters["graph_break"])) == (1, {})
     assert_close(checkpointed.loss, plain.loss)
+    (record,) = captures.records_of(model)  # the passes reach into checkpointed regions
+    edited = {e.site for e in record.edits if e.rule == "insert"}
+    assert edited == {p.site.path for p in rewrite.plan(one_layer(name), SPEC).placements}
+    assert record.notes == []
     assert_same(checkpointed_gradients, plain_gradients)
     assert_equals_eager(model, inputs)
 
