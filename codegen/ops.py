@@ -127,12 +127,15 @@ def _core_backward(ctx, dy):
     dh, dB = [], []
     for hi, Bi, si, at in zip(h, B, ctx.scale, ctx.start, strict=True):
         part = dy if Bi.shape[0] == dy.shape[-1] else dy[..., at : at + Bi.shape[0]]
-        # Both gradients fold the scale into their smallest operand.
-        dh.append(torch.matmul(part, Bi if si == 1.0 else Bi * si) if any(_flat(need_h)) else None)
-        scaled = hi if si == 1.0 else hi * si
-        dB.append(part.flatten(0, -2).t() @ scaled.flatten(0, -2) if any(_flat(need_B)) else None)
+        # Scaled after the product: `B * s` and `h * s` would depend on the forward alone, and be saved for it.
+        dh.append(_scaled(part @ Bi, si) if any(_flat(need_h)) else None)
+        dB.append(_scaled(part.flatten(0, -2).t() @ hi.flatten(0, -2), si) if any(_flat(need_B)) else None)
     rest = None if branches else []  # autograd takes an empty list of numbers for one of tensors
     return dx, [None] * weights, None, dbias, dh, dB, rest, rest
+
+
+def _scaled(t: Tensor, scale: float) -> Tensor:
+    return t if scale == 1.0 else t * scale
 
 
 def _flat(needs: object) -> list[bool]:

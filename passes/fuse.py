@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx
 
 from rewrite.passes.builder import example
 from rewrite.passes.operators import adapted_linear, add, decode, linear, mul, pad
@@ -15,6 +16,7 @@ from rewrite.passes.pattern import any_of
 from rewrite.passes.rule import rule
 
 expand = linear(any_of(mul("h", "s"), "h"), "B")
+branch = any_of(expand, pad(expand, "padding", "mode"))
 base = any_of(linear("x", "w", "b"), adapted_linear("x", "stored", "layout", "b", "hs", "Bs", "scales", "starts"))
 
 
@@ -24,20 +26,31 @@ def fuse_storage(r: Any, x: Any, stored: Any, layout: Any, b: Any) -> Any:
     return torch.ops.rewrite.adapted_linear(x, stored, layout, b, [], [], [], [])
 
 
-@rule(add(base, any_of(expand, pad(expand, "padding", "mode"))))
-def fuse_branch(r, x, w, b, stored, layout, hs, Bs, scales, starts, h, s, B, padding, mode):
-    """linear(x, w, b) + linear(h * s, B)  ->  adapted_linear(x, w, b, h, B, s)"""
+@rule(add(base, any_of(branch, "c")))
+def fuse_branch(r, x, w, b, stored, layout, hs, Bs, scales, starts, h, s, B, padding, mode, c):
+    """linear(x, w, b) + linear(h * s, B) + c  ->  adapted_linear(x, w, b + c, h, B, s)"""
     if stored is None:
-        if example(w.node).requires_grad:
-            r.note("not fused: its base weight is trained")
-            return None
         stored, layout, hs, Bs, scales, starts = [w], "dense", [], [], [], []
-    if not isinstance(s, (int, float, type(None))) or mode not in (None, "constant"):
+    if r.origin.meta.get("rule") != "insert" or not _fusible(s, mode, c, r.origin):
         return None
+    if any(example(t.node).requires_grad for t in stored):
+        r.note("not fused: its base weight is trained")
+        return None
+    if c is not None:
+        return torch.ops.rewrite.adapted_linear(
+            x, list(stored), layout, c if b is None else b + c, list(hs), list(Bs), list(scales), list(starts)
+        )
+    scale, start = 1.0 if s is None else float(s), padding[0] if padding else 0
     return torch.ops.rewrite.adapted_linear(
-        x, list(stored), layout, b,
-        [*hs, h], [*Bs, B], [*scales, 1.0 if s is None else float(s)], [*starts, padding[0] if padding else 0],
-    )  # fmt: skip
+        x, list(stored), layout, b, [*hs, h], [*Bs, B], [*scales, scale], [*starts, start]
+    )
+
+
+def _fusible(s: Any, mode: Any, c: Any, y: Any) -> bool:
+    """A branch with a number for its scale, or a shift: one value per output, the same for every row."""
+    if c is not None:
+        return isinstance(c, fx.Proxy) and c.ndim == 1 and c.shape[0] == example(y).shape[-1]
+    return isinstance(s, (int, float, type(None))) and mode in (None, "constant")
 
 
 FUSE = (fuse_storage, fuse_branch)

@@ -17,9 +17,9 @@ from rewrite.errors import RewriteError
 from rewrite.passes.batch import batch
 from rewrite.passes.canonical import CANONICAL
 from rewrite.passes.dump import dump, program
-from rewrite.passes.fuse import FUSE
+from rewrite.passes.fuse import FUSE, branch
 from rewrite.passes.insert import insert, is_typed
-from rewrite.passes.operators import add, decode, linear
+from rewrite.passes.operators import add, decode
 from rewrite.passes.record import GraphRecord, PassRecord
 from rewrite.passes.rule import Rule, apply_rule
 
@@ -113,8 +113,8 @@ def _note_unfused(graph: fx.Graph, record: GraphRecord) -> None:
     told = {n.site for n in record.notes}
     for node in graph.nodes:
         place = str(node.meta.get("site", ""))
-        branch = add.arguments(node)
-        left = linear.arguments(branch[1]) if branch else decode.arguments(node)
-        if node.meta.get("rule") == "insert" and left and node.users and place not in told:
+        sides = add.arguments(node)
+        left = branch.match(sides[1], {}, []) if sides else decode.arguments(node)
+        if node.meta.get("rule") == "insert" and left is not None and node.users and place not in told:
             record.note(place, "not fused: no pattern for its layer or its formula; plain operators instead")
             told.add(place)

@@ -25,7 +25,9 @@ class Mlp(nn.Module):
 WEIGHT = 24 * 10  # numbers in either weight; no activation has as many
 
 
-def train_once(spec: str, dtype: torch.dtype | None = None, backend: str = "aot_eager") -> tuple[nn.Module, GraphRecord]:
+def train_once(
+    spec: str, dtype: torch.dtype | None = None, backend: str = "aot_eager"
+) -> tuple[nn.Module, GraphRecord]:
     model = rewrite.compile(Mlp(), spec, backend=backend, dynamic=False)
     ids = torch.arange(5)[None]
     with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):

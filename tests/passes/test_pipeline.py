@@ -116,6 +116,13 @@ def test_a_quantised_weight_is_decoded_inside_the_fused_operator():
     assert not record.notes
 
 
+def test_a_shift_becomes_part_of_the_bias():
+    gm, record = run("lora(r=2, bias=true)@attn.q + lora(r=3, bias=true)@attn.q")
+    assert count(gm, "adapted_linear") == 2
+    assert len(next(p for p in record.passes if p.name == "fuse").edits) == 8  # two branches and two shifts a layer
+    assert not record.notes
+
+
 def test_a_trained_weight_is_left_alone_and_reported():
     gm, record = run("lora(r=3)@attn.q + full(attn.q)")
     assert count(gm, "adapted_linear") == 0

@@ -162,7 +162,8 @@ def test_a_selector_that_matches_nothing(capsys: pytest.CaptureFixture[str], com
         ("{}", "cannot read"),
         ('{"model_type": "no-such-model"}', "cannot read"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "cannot read"),
-        ('{"model_type": "llama", "hidden_size": -4}', "cannot build a model from the llama configuration"),
+        ('{"model_type": "llama", "hidden_size": 30, "num_attention_heads": 7}', "cannot read"),
+        ('{"model_type": "llama", "architectures": ["NoSuchModel"], "vocab_size": -1}', "cannot build a model from"),
     ],
 )
 def test_folders_that_hold_no_model(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str | None, message: str):
@@ -211,7 +212,8 @@ def test_diff_to_where_nobody_can_write(
     (tmp_path / "file").touch()
     target = str(tmp_path / "file" / "diff")
     err = failed(capsys, "diff", "--model", folder("llama"), "--spec", "lora@attn.q", option, target)
-    assert f"write {target}" in err or f"write the page to {target}" in err
+    assert "cannot write " in err
+    assert target in err
 
 
 def test_report_counts_the_batch_that_is_asked_for(capsys: pytest.CaptureFixture[str], folder: Folder, tmp_path: Path):
