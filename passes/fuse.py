@@ -27,7 +27,7 @@ def fuse_storage(r: Any, x: Any, stored: Any, layout: Any, b: Any) -> Any:
 
 
 @rule(add(base, any_of(branch, "c")))
-def fuse_branch(r, x, w, b, stored, layout, hs, Bs, scales, starts, h, s, B, padding, mode, c):
+def fuse_branch(r, x, w, b, stored, layout, hs, Bs, scales, starts, h, s, B, padding, mode, c) -> Any:
     """linear(x, w, b) + linear(h * s, B) + c  ->  adapted_linear(x, w, b + c, h, B, s)"""
     if stored is None:
         stored, layout, hs, Bs, scales, starts = [w], "dense", [], [], [], []
@@ -40,7 +40,7 @@ def fuse_branch(r, x, w, b, stored, layout, hs, Bs, scales, starts, h, s, B, pad
         return torch.ops.rewrite.adapted_linear(
             x, list(stored), layout, c if b is None else b + c, list(hs), list(Bs), list(scales), list(starts)
         )
-    scale, start = 1.0 if s is None else float(s), padding[0] if padding else 0
+    scale, start = 1.0 if s is None else float(s), 0 if padding is None else padding[0]
     return torch.ops.rewrite.adapted_linear(
         x, list(stored), layout, b, [*hs, h], [*Bs, B], [*scales, scale], [*starts, start]
     )
@@ -49,7 +49,7 @@ def fuse_branch(r, x, w, b, stored, layout, hs, Bs, scales, starts, h, s, B, pad
 def _fusible(s: Any, mode: Any, c: Any, y: Any) -> bool:
     """A branch with a number for its scale, or a shift: one value per output, the same for every row."""
     if c is not None:
-        return isinstance(c, fx.Proxy) and c.ndim == 1 and c.shape[0] == example(y).shape[-1]
+        return isinstance(c, fx.Proxy) and tuple(example(c.node).shape) == tuple(example(y).shape[-1:])
     return isinstance(s, (int, float, type(None))) and mode in (None, "constant")
 
 

@@ -84,7 +84,7 @@ def test_flops_of_the_joint_graph():
     _, record = train_once("lora(r=3)@linear")
     tokens, base, branch = 5, 10 * 24, 3 * (10 + 24)
     assert record.counts["forward_flops"] == 2 * tokens * 2 * (base + branch)
-    # `up` reads a frozen embedding, so nothing flows to its input; per branch: dh, dB (rows x 3 each), dA (3 x columns).
+    # `up` reads a frozen embedding: nothing flows to its input. Per branch: dh, dB (rows x 3 each), dA (3 x columns).
     up = 2 * 24 * 3 + 3 * 10
     down = 2 * 10 * 3 + 3 * 24 + (base + 3 * 24)
     assert record.counts["backward_flops"] == 2 * tokens * (up + down)
