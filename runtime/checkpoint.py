@@ -55,7 +55,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     }
     try:
         place.mkdir(parents=True, exist_ok=True)
-        write(place / TENSORS, to_bytes(_untied(tensors), metadata={"format": "pt"}))
+        write(place / TENSORS, to_bytes(_untied(tensors), metadata={"format": "pt", "spec": state.spec}))
         write(place / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     except OSError as error:
         raise RewriteError(f"cannot save the adapter to {place}: {error}") from error
@@ -76,10 +76,11 @@ def read(folder: str | os.PathLike[str]) -> Checkpoint:
     place = Path(folder)
     try:
         config = json.loads((place / CONFIG).read_text(encoding="utf-8"))
-        tensors = load((place / TENSORS).read_bytes())
+        data = (place / TENSORS).read_bytes()
+        tensors = load(data)
     except FileNotFoundError as error:
         raise RewriteError(f"{place} holds no adapter: {Path(error.filename).name} is missing") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RewriteError(f"{place / CONFIG} is damaged: {error}") from error
     except SafetensorError as error:
         raise RewriteError(f"{place / TENSORS} is damaged or truncated: {error}") from error
@@ -87,11 +88,21 @@ def read(folder: str | os.PathLike[str]) -> Checkpoint:
         raise RewriteError(f"cannot read the adapter in {place}: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("spec"), str):
         raise RewriteError(f"{place / CONFIG} is damaged: it has no spec")
+    if not isinstance(config.get("sites", []), list):
+        raise RewriteError(f"{place / CONFIG} is damaged: its sites are no list")
     if config.get("format") != _FORMAT:
         raise RewriteError(
             f"{place / CONFIG} has format {config.get('format')!r}, this version reads {_FORMAT}: upgrade peft-rewrite"
         )
+    if _written_for(data) not in (None, config["spec"]):
+        raise RewriteError(f"{place} holds the tensors of one save and the {CONFIG} of another: save the adapter again")
     return Checkpoint(place, config["spec"], str(config.get("fingerprint")), tuple(config.get("sites", ())), tensors)
+
+
+def _written_for(data: bytes) -> str | None:
+    """The spec in the header of a safetensors file that has been read without an error."""
+    size = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + size]).get("__metadata__", {}).get("spec")
 
 
 def check_base(checkpoint: Checkpoint, model: nn.Module) -> None:

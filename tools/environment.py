@@ -3,9 +3,9 @@
     python3 tools/environment.py .venv test [--torch REQUIREMENT]
 
 A torch that the calling interpreter can already import is used when its version is in the range that
-pyproject.toml asks for; otherwise the CPU build of one tested version is installed, because the default build
-on Linux is several gigabytes of CUDA.  This script needs the standard library only, and installs nothing
-outside the environment.
+pyproject.toml asks for; otherwise one tested version is installed, its CPU build where pip's indexes have one: the
+unpinned default on Linux is the newest build, with several gigabytes of CUDA.  This script needs the standard
+library only, and installs nothing outside the environment.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = "2.13.0"
-CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 def main() -> int:
@@ -41,11 +40,10 @@ def main() -> int:
             )
         create(args.venv, python)
     if not usable_torch(python):
-        chosen = [args.torch] if args.torch else ["--extra-index-url", CPU_INDEX, default_torch()]
-        requirement = chosen[-1]
-        say(f"installing {requirement}" + ("" if args.torch else " (about 200 MB)"))
-        if not pip(python, *chosen):
-            return fail(f"{requirement} could not be installed; to choose another build: make test TORCH='torch==...'")
+        wanted = [args.torch] if args.torch else [f"torch=={TORCH}+cpu", f"torch=={TORCH}"]
+        say(f"installing {wanted[-1]}")
+        if not any(pip(python, requirement, silent=requirement != wanted[-1]) for requirement in wanted):
+            return fail(f"{wanted[-1]} could not be installed; to choose another build: make test TORCH='torch==...'")
     say(f"installing rewrite and what .[{args.extra}] needs")
     if not pip(python, "--editable", f"{ROOT}[{args.extra}]"):
         return fail("the installation failed; pip's message is above")
@@ -92,14 +90,9 @@ def in_range(version: str) -> bool:
     return (low_major, low_minor, 0, True) <= (major, minor, patch, released) < (high_major, high_minor)
 
 
-def default_torch() -> str:
-    """The requirement that never brings CUDA packages: the plain macOS wheels have none."""
-    return f"torch=={TORCH}" if sys.platform == "darwin" else f"torch=={TORCH}+cpu"
-
-
-def pip(python: Path, *arguments: str) -> bool:
+def pip(python: Path, *arguments: str, silent: bool = False) -> bool:
     command = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", *arguments]
-    return subprocess.run(command).returncode == 0
+    return subprocess.run(command, capture_output=silent).returncode == 0
 
 
 def quiet(python: Path, *arguments: str) -> bool:
