@@ -241,7 +241,7 @@ def _add_finetune(commands: Any) -> None:
     option(
         "--lr",
         "learning_rate",
-        "largest learning rate; default 3e-3 for the built-in model, else 2e-4",
+        "largest learning rate; default 1e-2 for the built-in model, else 2e-4",
         type=_rate,
         metavar="LR",
     )

@@ -201,7 +201,8 @@ class _Resolver:
         paths = nearest(term.text, {s.path for s in self.sites})
         if paths:
             return "nearest: " + ", ".join(paths)
-        return "it has: " + ", ".join(sorted(w for w in words if not w.startswith(("enc", "dec"))))
+        listed = sorted(w for w in words if not w.startswith(("enc", "dec")))
+        return "it has: " + ", ".join(listed) if listed else ""
 
     def place(self, bound: Bound, trained: set[str], before: list[Placement]) -> list[Placement]:
         """The placements of one clause, checked against the method and the clauses before it."""
@@ -209,6 +210,10 @@ class _Resolver:
         chosen = self.select(bound.sites, bound)
         if any(t.text == "base" for t in bound.sites.terms if not t.minus) and not method.trains:
             chosen = [s for s in chosen if s.path not in trained]
+        if method.view() in ("train", "storage"):
+            chosen = self.whole(clause, method, chosen)
+        if method.trains:
+            chosen = self.once(chosen, {p.site.path for p in before if p.method.trains})
         placed = []
         for site in chosen:
             self.check(clause, method, site, [p for p in before if p.site.path == site.path])
@@ -219,6 +224,33 @@ class _Resolver:
             placed.append(Placement(site, method, clause, name))
         self.note_tied(clause)
         return placed
+
+    def whole(self, clause: Clause, method: Method, chosen: list[Site]) -> list[Site]:
+        """The chosen sites with all parts of a fused weight as that weight, for methods that take nothing less."""
+        wholes = {s.path: s for s in self.sites if s.rows is None}
+        rows: dict[str, int] = {}
+        for site in chosen:
+            rows[site.path] = rows.get(site.path, 0) + site.out_features
+        for site in chosen:
+            if site.rows is not None and rows[site.path] < site.place.shape[0]:
+                raise self.error(
+                    clause,
+                    f"{method.name} takes whole weights, {site.name} is a part of one",
+                    f"write {wholes[site.path].roles[0]}",
+                )
+        return list({s.path: wholes.get(s.path, s) for s in chosen}.values())
+
+    def once(self, chosen: list[Site], trained: set[str]) -> list[Site]:
+        """The chosen sites without those whose one tensor is trained under another name already."""
+        kept: list[Site] = []
+        for site in chosen:
+            first = next((p for p in site.place.tied if p in trained), None)
+            if first is not None and len(site.place.tensors) == 1:
+                self.notes.append(f"{site.path} shares its weight with {first}: it is trained once, under that name")
+            else:
+                kept.append(site)
+                trained = trained | {site.path}
+        return kept
 
     def check(self, clause: Clause, method: Method, site: Site, others: list[Placement]) -> None:
         if not (site.dtype.is_floating_point or site.dtype.is_complex):
@@ -238,13 +270,15 @@ class _Resolver:
             if {view, theirs} <= {"train", "storage"}:
                 raise self.error(
                     clause,
-                    f"'{clause.call}' and '{other.clause.call}' cannot share {site.path}: "
+                    f"'{clause}' and '{other.clause}' cannot share {site.path}: "
                     + ("it would be stored twice" if view == theirs == "storage" else
                        "it would be trained twice" if view == theirs else "a stored weight cannot be trained"),
                 )  # fmt: skip
 
     def note_tied(self, clause: Clause) -> None:
         words = {t.text for t in clause.sites.terms if not t.minus} if clause.sites else set()
+        if "head" in words:
+            return
         for place in self.inventory.places:
             if (
                 words & {"linear", "base"}

@@ -14,6 +14,10 @@ ADAPTERS = "adapters"
 """Name of the child module of an adapted layer that holds its adapters: `q_proj.adapters.lora.A`."""
 
 
+class Adapters(nn.ModuleDict):
+    """The adapters on the output of one module; a type of its own, since a model may have `adapters` itself."""
+
+
 class Adapter(nn.Module):
     """The tensors of one `output` or `weight` graft: parameters where they train, buffers where not."""
 

@@ -21,6 +21,7 @@ from rewrite.runtime import captures, huggingface
 from rewrite.runtime.adapter import (
     ADAPTERS,
     Adapter,
+    Adapters,
     Branch,
     Reparametrisation,
     Stored,
@@ -100,10 +101,10 @@ def _order(graft: Graft) -> int:
 
 def _attach_output(model, module: nn.Module, graft: Graft, values, state: Attachment) -> None:
     adapter = _filled(Branch, module, graft, values)
-    if ADAPTERS not in module._modules:
+    if not isinstance(module._modules.get(ADAPTERS), Adapters):
         if hasattr(module, ADAPTERS):
             raise RewriteError(f"{graft.path} has an attribute {ADAPTERS!r} of its own: cannot attach there")
-        module.add_module(ADAPTERS, nn.ModuleDict())
+        module.add_module(ADAPTERS, Adapters())
         module.register_forward_hook(call_adapters, with_kwargs=True)
     adapters: Any = module._modules[ADAPTERS]
     adapters[graft.name] = adapter
@@ -178,7 +179,7 @@ def _key(path: str, name: str) -> str:
 def adapted_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module, list[Adapter]]]:
     """(path, module, adapters) of every module that holds adapters on its output."""
     for path, module in model.named_modules():
-        if isinstance(held := module._modules.get(ADAPTERS), nn.ModuleDict):
+        if isinstance(held := module._modules.get(ADAPTERS), Adapters):
             yield path, module, [a for a in held.values() if isinstance(a, Adapter)]
 
 
@@ -219,10 +220,10 @@ def remove(model: nn.Module) -> nn.Module:
 def _restore(module: nn.Module, graft: Graft, state: Attachment) -> None:
     if graft.where in ("weight", "storage") and parametrize.is_parametrized(module, graft.tensor):
         key = f"{graft.path}.{graft.tensor}"
-        device = next(module.parameters()).device
+        now = getattr(module, graft.tensor)  # `model.to(...)` may have moved or cast the model since
         if key not in state.originals:
             raise RewriteError(f"the original of {key} was not kept: it was on the meta device when it was attached")
-        put_back(module, graft.tensor, state.originals.restore(key).to(device), state.order[graft.path])
+        put_back(module, graft.tensor, state.originals.restore(key).to(now.device, now.dtype), state.order[graft.path])
     for name in graft.slots if graft.where == "train" else ():
         if (key := f"{graft.path}.{name}") in state.originals:
             with torch.no_grad():

@@ -21,7 +21,7 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from rewrite.errors import RewriteError
-from rewrite.runtime.adapter import ADAPTERS
+from rewrite.runtime.adapter import Adapters
 from rewrite.runtime.attach import adapter_state, attachment, require
 from rewrite.runtime.files import write
 from rewrite.version import __version__
@@ -139,8 +139,9 @@ def fingerprint(model: nn.Module) -> str:
 def base_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of the base's own parameters by the names they have without us."""
     found: dict[str, tuple[int, ...]] = {}
+    ours = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, Adapters))
     for path, module in model.named_modules():
-        if f".{ADAPTERS}." in f".{path}.":
+        if f"{path}.".startswith(ours):
             continue
         prefix, inner, tensor = path.rpartition("parametrizations.")
         if inner:  # a parametrised tensor counts under its own name, once

@@ -107,7 +107,7 @@ def _adapt(job: Job, request: Request, model: nn.Module) -> Curve:
         request.blocks.train,
         steps=job.steps,
         batch=job.batch,
-        learning_rate=job.learning_rate or (3e-3 if job.model is None else 2e-4),
+        learning_rate=job.learning_rate or (1e-2 if job.model is None else 2e-4),
         seed=job.seed,
         progress="adapt",
     )

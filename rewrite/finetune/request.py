@@ -16,7 +16,8 @@ from rewrite.finetune.corpus import Blocks, Text
 from rewrite.folders import config_of, is_causal, skeleton, tokenizer_of
 from rewrite.runtime.backend import check_backend
 
-DEFAULT_SPEC = "lora(r=8)@linear-head"
+DEFAULT_SPEC = "lora(r=8)@linear + full(norm)"
+_LENGTH = 256
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Job:
     """What to fine-tune, on what, and where to: the arguments of `rewrite finetune`.
 
     `model` and `data` are local paths, None the built-in ones.  `length` is in tokens, None as many as the model
-    takes up to 256; `learning_rate` None is 3e-3 for the built-in model and 2e-4 for others.  `pretrain_steps` is
+    takes up to 256; `learning_rate` None is 1e-2 for the built-in model and 2e-4 for others.  `pretrain_steps` is
     for the built-in model, and `save_base` a new folder to keep it in.
     """
 
@@ -32,14 +33,14 @@ class Job:
     model: str | None = None
     data: str | None = None
     spec: str = DEFAULT_SPEC
-    steps: int = 120
-    batch: int = 8
+    steps: int = 400
+    batch: int = 4
     length: int | None = None
     learning_rate: float | None = None
     seed: int = 0
     backend: str = "inductor"
     device: str = "cpu"
-    pretrain_steps: int = 200
+    pretrain_steps: int = 800
     save_base: str | None = None
 
 
@@ -85,7 +86,7 @@ def _check_device(name: str) -> None:
 def _length(job: Job, config: Any) -> int:
     longest = getattr(config, "max_position_embeddings", None)
     if job.length is None:
-        return min(bases.LENGTH, longest or bases.LENGTH)
+        return min(_LENGTH, longest or _LENGTH)
     if longest is not None and job.length > longest:
         raise RewriteError(f"--length {job.length} is more than the {longest} positions of this model")
     return job.length
