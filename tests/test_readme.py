@@ -31,13 +31,15 @@ def test_the_blocks_are_found():
 def test_python_prints_what_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    check = doctest.OutputChecker()
+    checker = doctest.OutputChecker()
     for code, shown in BLOCKS:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile(code, "README.md", "exec"), names)
-        # `...` stands for lines that the README leaves out.
-        assert check.check_output(shown, printed.getvalue(), doctest.ELLIPSIS), printed.getvalue()
+        got, example = printed.getvalue(), doctest.Example(code, shown)
+        # `...` stands for what the README leaves out.
+        if not checker.check_output(example.want, got, doctest.ELLIPSIS):
+            pytest.fail(checker.output_difference(example, got, doctest.ELLIPSIS))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

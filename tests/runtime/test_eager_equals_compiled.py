@@ -206,7 +206,8 @@ def test_plain_torch_compile_of_an_attached_model():
 @between_graphs
 def test_layers_compiled_one_by_one():
     model, inputs = disturb(rewrite.attach(build("llama"), SPEC)), batch("llama")
-    for layer in model.get_submodule("model.layers"):
+    layers: Any = model.get_submodule("model.layers")
+    for layer in layers:
         layer.compile(backend=rewrite_backend, options=EAGER, fullgraph=True)
     compiled_step = step(model, model, inputs)
     records = captures.records_of(model)

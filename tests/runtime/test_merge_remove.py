@@ -37,6 +37,12 @@ def x(dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(4, 19, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).to(dtype)
 
 
+def test_an_attached_model_has_traces():
+    found = traces(rewrite.compile(net(), SPEC, backend="eager"))
+    assert {"._rewrite", "first.adapters", "first: ParametrizedLinear", "a compiled call"} <= set(found)
+    assert any("call_adapters" in trace for trace in found)
+
+
 def test_merge_reports_what_it_did():
     model = rewrite.merge(disturb(rewrite.attach(net(), "lora(r=3)@linear")))
     report = merge_report(model)
