@@ -16,6 +16,7 @@ from rewrite.codegen import nf4
 from rewrite.runtime import captures
 from tests.models import (
     BUILDERS,
+    ONE_LAYER,
     SPECS,
     assert_close,
     assert_same,
@@ -51,8 +52,7 @@ def logits(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
 
 @pytest.mark.parametrize(("name", "spec"), EVERY)
 def test_compiled_is_one_graph_equals_eager_and_trains(name: str, spec: str):
-    # Two stacks of two layers take long to trace: once is enough.
-    changes = {"num_layers": 1} if name == "t5" and spec != SPECS["lora"] else {}
+    changes = {} if spec == SPECS["lora"] else ONE_LAYER[name]
     model, inputs = build(name, **changes), batch(name)
     assert disturb(rewrite.compile(model, spec, backend="eager")) is model
     model.train()

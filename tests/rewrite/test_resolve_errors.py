@@ -72,7 +72,8 @@ LLAMA = [
     (
         "nf4(attn) + nf4(attn.q, block=128)",
         "nf4(attn.q, block=128)",
-        "'nf4(attn.q, block=128)' and 'nf4(attn)' cannot share model.layers.0.self_attn.q_proj: it would be stored twice",
+        "'nf4(attn.q, block=128)' and 'nf4(attn)' cannot share model.layers.0.self_attn.q_proj: "
+        "it would be stored twice",
         "",
     ),
     (

@@ -16,19 +16,18 @@ import rewrite
 from rewrite.runtime import captures
 from rewrite.runtime.attach import require
 from rewrite.runtime.backend import rewrite_backend
-from tests.models import SPECS, assert_close, assert_same, batch, build, disturb, gradients, step, traces
+from tests.models import ONE_LAYER, SPECS, assert_close, assert_same, batch, build, disturb, gradients, step, traces
 
 EAGER: dict[str, Any] = {"backend": "eager"}
 SPEC = SPECS["lora+nf4"]
 
 
-LAYERS = {"llama": "num_hidden_layers", "qwen3": "num_hidden_layers", "gpt2": "n_layer"}
 # Under pytest, which turns warnings into errors, Dynamo's own look at a tensor between two graphs would be one.
 between_graphs = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
 
 def one_layer(name: str, seed: int = 0) -> Any:
-    return build(name, seed=seed, **({LAYERS[name]: 1} if name in LAYERS else {}))
+    return build(name, seed=seed, **ONE_LAYER[name])
 
 
 def compiled(name: str, spec: str = SPEC, seed: int = 0, **settings: Any) -> Any:
