@@ -33,14 +33,14 @@ class Job:
     model: str | None = None
     data: str | None = None
     spec: str = DEFAULT_SPEC
-    steps: int = 400
+    steps: int = 300
     batch: int = 4
     length: int | None = None
     learning_rate: float | None = None
     seed: int = 0
     backend: str = "inductor"
     device: str = "cpu"
-    pretrain_steps: int = 800
+    pretrain_steps: int = 600
     save_base: str | None = None
 
 
