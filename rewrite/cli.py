@@ -73,6 +73,7 @@ def report(args: argparse.Namespace) -> int:
     _write(args.json, lambda: found.to_json())
     if not args.json:
         print(found)
+        print("\nnote: counted with plain attention; where it is fused, its probabilities are not saved")
     return 0
 
 

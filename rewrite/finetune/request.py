@@ -33,7 +33,7 @@ class Job:
     model: str | None = None
     data: str | None = None
     spec: str = DEFAULT_SPEC
-    steps: int = 300
+    steps: int = 400
     batch: int = 4
     length: int | None = None
     learning_rate: float | None = None

@@ -81,7 +81,7 @@ def rate(step: int, steps: int) -> float:
     """The factor of the learning rate at a step: up in a line, then down a cosine.
 
     >>> [round(rate(step, 100), 3) for step in (0, 4, 50, 99)]
-    [0.2, 1.0, 0.54, 0.02]
+    [0.2, 1.0, 0.55, 0.02]
     """
     warm = max(1, math.ceil(_WARM_UP * steps))
     if step < warm:

@@ -126,6 +126,17 @@ def exact_loss(model: nn.Module, rows: torch.Tensor) -> float:
     return float(F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()))
 
 
+def test_a_half_precision_base_keeps_its_dtype(tiny: Run, model: Path, tmp_path: Path):
+    half = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    tokenizer_of(model).save_pretrained(tmp_path / "half")
+    result = finetune(tiny(model=str(tmp_path / "half"), spec="lora(r=4)@linear"), silent)
+    assert result.holds
+    assert {check.allowed for check in result.checks} == {checks.allowed(half)}
+    saved = load_file(tmp_path / "out" / "adapter.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
 def test_a_seed_repeats_and_another_differs(tiny: Run, tmp_path: Path):
     seeds = [0, 0, 1]
     files = [tmp_path / str(i) / "adapter.safetensors" for i in range(3)]
