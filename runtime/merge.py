@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from rewrite.errors import RewriteError
 from rewrite.runtime.adapter import Adapter
-from rewrite.runtime.attach import Attachment, adapted_modules, adapter_of, put_back, require, strip
+from rewrite.runtime.attach import Attachment, adapted_modules, put_back, require, strip
 from rewrite.runtime.graft import Graft
 
 log = logging.getLogger(__name__)
@@ -126,5 +126,3 @@ def _check(model: nn.Module, state: Attachment) -> None:
                 f"cannot merge {graft.label} at {graft.path}: its weight is shared with {others}, which would change "
                 "too. Nothing was merged."
             )
-        if graft.where == "output":
-            adapter_of(module, graft)
