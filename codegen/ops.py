@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+import rewrite.codegen.weights  # noqa: F401  (defines rewrite::low_rank_weight)
 from rewrite.codegen.storage import layout as parse_layout
 from rewrite.errors import RewriteError
 
@@ -93,11 +94,17 @@ def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 def _core(x, weight, layout, bias, h, B, scale, start):
     w = decode(weight, layout).to(x.dtype)
     rows = x.reshape(-1, x.shape[-1])
-    y = torch.mm(rows, w.t()) if bias is None else torch.addmm(bias, rows, w.t())
+    # Not a view of a product: a model may go on to change the output in place, which autograd forbids for views.
+    out = rows.new_empty(*x.shape[:-1], w.shape[0])
+    y = out.view(-1, w.shape[0])
+    if bias is None:
+        torch.mm(rows, w.t(), out=y)
+    else:
+        torch.addmm(bias, rows, w.t(), out=y)
     for hi, Bi, si, at in zip(h, B, scale, start, strict=True):
         part = y if Bi.shape[0] == y.shape[1] else y[:, at : at + Bi.shape[0]]
         part.addmm_(hi.reshape(-1, hi.shape[-1]), Bi.t(), alpha=si)
-    return y.view(*x.shape[:-1], w.shape[0])
+    return out
 
 
 def _rows(weight: Sequence[Tensor], layout: str) -> int:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from rewrite.passes.operators import linear
+from rewrite.passes.operators import inserted, linear
 from rewrite.passes.pattern import Captures, Pattern
 from rewrite.passes.rule import rule
 
@@ -19,7 +19,7 @@ class Shrink(Pattern):
     inner = linear("x", "A")
 
     def match(self, node: Any, captures: Captures, matched: list[fx.Node], root: bool = False) -> Captures | None:
-        if not isinstance(node, fx.Node) or node.meta.get("rule") != "insert":
+        if not isinstance(node, fx.Node) or not inserted(node):
             return None
         found = self.inner.match(node, captures, matched, root)
         if found is None or not isinstance(found["A"], fx.Node):
@@ -36,6 +36,10 @@ def batch(r: Any, x: Any, A: Any) -> Any:
     """linear(x, A1), linear(x, A2), ...  ->  split(linear(x, cat(A1, A2, ...)))"""
     if len(A) < 2:
         return None
-    h = F.linear(x, torch.cat(list(A)))
-    parts = h.split([a.shape[0] for a in A], dim=-1)
-    return [parts[i] for i in range(len(A))]
+    different = list({a.node: a for a in A}.values())  # slices of one adapted weight share their A
+    if len(different) == 1:
+        return [F.linear(x, different[0])] * len(A)
+    h = F.linear(x, torch.cat(different))
+    parts = h.split([a.shape[0] for a in different], dim=-1)
+    taken = {a.node: parts[i] for i, a in enumerate(different)}
+    return [taken[a.node] for a in A]

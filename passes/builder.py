@@ -89,12 +89,18 @@ class Builder:
         self.made.append(node)
 
     def evaluate(self, node: fx.Node) -> Any:
-        """The fake value of a node from those of its inputs; gradients tracked, so that freezing shows."""
+        """The fake value of a node from those of its inputs."""
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
-        with self.fake_mode or contextlib.nullcontext(), torch.enable_grad():
+        with self.fake():
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    @contextlib.contextmanager
+    def fake(self) -> Iterator[None]:
+        """Where fake values are computed: gradients tracked, so that freezing shows."""
+        with self.fake_mode or contextlib.nullcontext(), torch.enable_grad():
+            yield
 
     def proxy(self, value: Any) -> Any:
         """Nodes inside `value` as proxies."""

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from rewrite.passes.builder import example
-from rewrite.passes.operators import adapted_linear, add, decode, linear, mul, pad
+from rewrite.passes.operators import adapted_linear, add, decode, inserted, linear, mul, pad
 from rewrite.passes.pattern import any_of
 from rewrite.passes.rule import rule
 
@@ -31,7 +31,7 @@ def fuse_branch(r, x, w, b, stored, layout, hs, Bs, scales, starts, h, s, B, pad
     """linear(x, w, b) + linear(h * s, B) + c  ->  adapted_linear(x, w, b + c, h, B, s)"""
     if stored is None:
         stored, layout, hs, Bs, scales, starts = [w], "dense", [], [], [], []
-    if r.origin.meta.get("rule") != "insert" or not _fusible(s, mode, c, r.origin):
+    if not inserted(r.origin) or not _fusible(s, mode, c, r.origin):
         return None
     if any(example(t.node).requires_grad for t in stored):
         r.note("not fused: its base weight is trained")

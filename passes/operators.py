@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 
 import torch
 import torch.nn.functional as F
+from torch import fx
 from torch._C import _nn  # type: ignore[attr-defined]  # where Dynamo finds F.linear and F.pad
 
 import rewrite.codegen.ops  # noqa: F401  (defines torch.ops.rewrite)
@@ -28,9 +30,28 @@ mul = Op("mul", ("input", "other"), operator.mul, torch.mul, aten.mul.Tensor, me
 pad = Op("pad", ("input", "pad", "mode", "value"), F.pad, _nn.pad, aten.pad.default)
 transpose = Op("t", ("input",), torch.t, aten.t.default, methods=("t",))
 decode = Op("decode", ("stored", "layout"), torch.ops.rewrite.decode, torch.ops.rewrite.decode.default)
+cat = Op("cat", ("tensors", "dim"), torch.cat, torch.concat, aten.cat.default)
+narrow = Op("narrow", ("input", "dim", "start", "length"), torch.narrow, aten.narrow.default, methods=("narrow",))
+low_rank_weight = Op(
+    "low_rank_weight",
+    ("W", "A", "B", "scale", "transposed"),
+    torch.ops.rewrite.low_rank_weight,
+    torch.ops.rewrite.low_rank_weight.default,
+)
+attention = Op(
+    "multi_head_attention_forward",
+    tuple(inspect.signature(F.multi_head_attention_forward).parameters),
+    F.multi_head_attention_forward,
+)
 adapted_linear = Op(
     "adapted_linear",
     ("x", "weight", "layout", "bias", "h", "B", "scale", "start"),
     torch.ops.rewrite.adapted_linear,
     torch.ops.rewrite.adapted_linear.default,
 )
+
+
+def inserted(node: fx.Node) -> bool:
+    """Whether a node belongs to an adapter's branch: `insert` made it, or `factor` did from an adapted weight."""
+    made_by = str(node.meta.get("rule", ""))
+    return made_by == "insert" or made_by.startswith("factor_") or made_by == "linear_padded"

@@ -2,7 +2,7 @@
 
 `Op` names one operator under every spelling that a captured graph may use.  Calling an `Op` makes a pattern:
 strings capture, the same string twice means the same node, missing trailing arguments capture None, and inner
-nodes must have a single user (otherwise the rewrite would compute them twice).
+nodes must have a single user (otherwise the rewrite would compute them twice), unless they are `shared`.
 """
 
 from __future__ import annotations
@@ -147,6 +147,27 @@ class Where(Pattern):
 
     def __repr__(self) -> str:
         return self.description
+
+
+@dataclass(frozen=True)
+class Shared(Pattern):
+    """A call that may have other users: for rewrites that look past it, and do not compute it again."""
+
+    call: Call
+
+    def match(self, node: Any, captures: Captures, matched: list[fx.Node], root: bool = False) -> Captures | None:
+        return self.call.match(node, captures, matched, root=True)
+
+    def names(self) -> set[str]:
+        return self.call.names()
+
+    def __repr__(self) -> str:
+        return repr(self.call)
+
+
+def shared(call: Call) -> Shared:
+    """A pattern that matches a call whoever else uses it."""
+    return Shared(call)
 
 
 def _names(pattern: Any) -> set[str]:

@@ -17,29 +17,31 @@ from rewrite.errors import RewriteError
 from rewrite.passes.batch import batch
 from rewrite.passes.canonical import CANONICAL
 from rewrite.passes.dump import dump, program
+from rewrite.passes.factor import FACTOR, OPEN, ROWS, note_dense, sweep
 from rewrite.passes.fuse import FUSE, branch
 from rewrite.passes.insert import insert, is_typed
-from rewrite.passes.operators import add, decode
+from rewrite.passes.operators import add, decode, inserted
 from rewrite.passes.record import GraphRecord, PassRecord
-from rewrite.passes.rule import Rule, apply_rule
+from rewrite.passes.rule import Rule, apply_rule, apply_rules
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A named sequence of rules, each applied in one walk.
+    """A named sequence of rules, each applied in one walk; several in brackets share one and feed one another.
 
     A pass may assume a graph that `verify` accepts and must leave one.
     """
 
     name: str
-    rules: tuple[Rule, ...]
+    rules: tuple[Rule | tuple[Rule, ...], ...]
 
 
 PIPELINE = (
     Pass("insert", (insert,)),
     Pass("canonical", CANONICAL),
+    Pass("factor", (*OPEN, FACTOR, *ROWS)),
     Pass("batch", (batch,)),
     Pass("fuse", FUSE),
 )
@@ -62,7 +64,9 @@ def run(gm: fx.GraphModule, record: GraphRecord, pipeline: tuple[Pass, ...] = PI
         begin = time.perf_counter()
         for rule in step.rules:
             for graph in graphs:
-                apply_rule(graph, rule, done, record)
+                _apply(graph, rule, done, record)
+        for graph in graphs:
+            sweep(graph)
         done.seconds = time.perf_counter() - begin
         for graph in graphs:
             graph.lint()
@@ -76,9 +80,17 @@ def run(gm: fx.GraphModule, record: GraphRecord, pipeline: tuple[Pass, ...] = PI
         dump(record, number, step.name, text)
     for part in parts:
         part.recompile()
+        note_dense(part.graph, record)
         _note_unfused(part.graph, record)
     record.nodes_after, record.after = _nodes(graphs), text
     return record
+
+
+def _apply(graph: fx.Graph, rules: Rule | tuple[Rule, ...], done: PassRecord, record: GraphRecord) -> None:
+    if isinstance(rules, Rule):
+        apply_rule(graph, rules, done, record)
+    else:
+        apply_rules(graph, rules, done, record)
 
 
 def _nodes(graphs: Sequence[fx.Graph]) -> int:
@@ -115,6 +127,6 @@ def _note_unfused(graph: fx.Graph, record: GraphRecord) -> None:
         place = str(node.meta.get("site", ""))
         sides = add.arguments(node)
         left = branch.match(sides[1], {}, []) if sides else decode.arguments(node)
-        if node.meta.get("rule") == "insert" and left is not None and node.users and place not in told:
+        if inserted(node) and left is not None and node.users and place not in told:
             record.note(place, "not fused: no pattern for its layer or its formula; plain operators instead")
             told.add(place)

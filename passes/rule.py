@@ -6,14 +6,16 @@
         return torch.ops.rewrite.adapted_linear(...)
 
 The right side receives captures as proxies (`r` is the `Builder`) and returns the replacement, or None to
-leave the match alone.  One walk in program order applies a rule; nodes that it made are not revisited.
+leave the match alone; where the match is a list, a list whose items take over from its items.  One walk in program
+order applies a rule, and nodes that it made are not revisited; rules that share a walk feed one another.
 """
 
 from __future__ import annotations
 
 import inspect
+import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,22 @@ class _Match:
     nodes: list[fx.Node]
 
 
+def apply_rules(graph: fx.Graph, rules: Sequence[Rule], record: PassRecord, log: GraphRecord) -> None:
+    """Apply several rules in one walk, the first that matches at each node; what they make is visited in its turn."""
+    builders = {rule.name: Builder(graph, rule.name, log) for rule in rules}
+
+    def visit(root: fx.Node) -> None:
+        for rule in () if root._erased else rules:
+            match, builder = _find(rule, root), builders[rule.name]
+            if match is not None and _rewrite(rule, builder, [match], record):
+                for node in tuple(builder.made):
+                    visit(node)
+                return
+
+    for root in list(graph.nodes):
+        visit(root)
+
+
 def apply_rule(graph: fx.Graph, rule: Rule, record: PassRecord, log: GraphRecord) -> None:
     """Apply one rule everywhere in one walk; every application leaves an `Edit`."""
     builder = Builder(graph, rule.name, log)
@@ -102,22 +120,41 @@ def _captures(rule: Rule, builder: Builder, matches: list[_Match]) -> Captures:
     return {**lists, rule.group: shared}
 
 
-def _rewrite(rule: Rule, builder: Builder, matches: list[_Match], record: PassRecord) -> None:
+def _rewrite(rule: Rule, builder: Builder, matches: list[_Match], record: PassRecord) -> bool:
     with builder.at(matches[0].root):
         result = unwrap(rule.body(builder, **builder.proxy(_captures(rule, builder, matches))))
     made = builder.made
     if result is None:
         for node in reversed(made):
             builder.graph.erase_node(node)
-        return
+        return False
     matched = list(dict.fromkeys(n for m in matches for n in m.nodes))
     roots = [m.root for m in matches]
     before, after = {n: line(n) for n in matched}, tuple(line(n) for n in made)
     for root, new in zip(roots, result if rule.group else [result], strict=True):
-        root.replace_all_uses_with(new, delete_user_cb=lambda user: user not in made)
+        if isinstance(new, (list, tuple)):
+            _replace_items(root, new)
+        else:
+            root.replace_all_uses_with(new, delete_user_cb=lambda user: user not in made)
     kept = _sweep(builder.graph, matched)
     removed = tuple(text for node, text in before.items() if node not in kept)
     record.edits.append(Edit(rule.name, site(roots), rule.equation, rule.source, removed, after))
+    return True
+
+
+def items_of(root: fx.Node) -> list[fx.Node] | None:
+    """The nodes that read one item each of a list; None where something reads the list as a whole."""
+    users = list(root.users)
+    return users if all(u.target is operator.getitem and isinstance(u.args[1], int) for u in users) else None
+
+
+def _replace_items(root: fx.Node, items: Sequence[fx.Node | None]) -> None:
+    """Let `items` take over from `root[0]`, `root[1]`, ..."""
+    for user in items_of(root) or ():
+        new = items[user.args[1]]  # type: ignore[index]  # `items_of` has seen an integer
+        if new is not None:
+            user.replace_all_uses_with(new)
+            user.graph.erase_node(user)
 
 
 def _sweep(graph: fx.Graph, nodes: list[fx.Node]) -> set[fx.Node]:

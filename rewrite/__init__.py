@@ -3,7 +3,7 @@
 model = rewrite.compile(model, spec="lora(r=8)@attn.q,v + nf4(base)")
 """
 
-from rewrite.api import apply, attach, compile, load, methods, parse, plan, save
+from rewrite.api import apply, attach, compile, load, methods, parse, plan, save, sites
 from rewrite.diff import diff
 from rewrite.errors import Error, ResolveError, RewriteError, SpecError
 from rewrite.explain import explain
@@ -31,4 +31,5 @@ __all__ = [
     "remove",
     "report",
     "save",
+    "sites",
 ]

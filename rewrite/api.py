@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -10,16 +11,22 @@ from torch.export import ExportedProgram
 
 from rewrite import inventory, lower, planning
 from rewrite.bind import canonical
-from rewrite.errors import RewriteError
+from rewrite.errors import RewriteError, SpecError
 from rewrite.method import Method
 from rewrite.methods import registry
 from rewrite.parser import parse as parse_text
+from rewrite.parser import parse_sites
 from rewrite.planning import Plan
 from rewrite.runtime import attach as attaching
 from rewrite.runtime import checkpoint, compiled, export
 from rewrite.runtime.adapter import ADAPTERS
 from rewrite.runtime.graft import Graft
-from rewrite.spec import Spec
+from rewrite.sitemap import SiteMap, site_map
+from rewrite.spec import Spec, known_role
+from rewrite.structure.inputs import Inputs
+
+Batch = Inputs | Mapping[str, Any] | Sequence[Any]
+"""A batch for one forward: keyword arguments as a mapping, positional ones as a sequence."""
 
 
 def parse(text: str) -> Spec:
@@ -30,7 +37,7 @@ def parse(text: str) -> Spec:
     """
     spec = parse_text(text)
     planning.read(spec)
-    return Spec(parse_text(canonical(spec, registry())).clauses, text)
+    return parse_text(canonical(spec, registry()))
 
 
 def methods() -> dict[str, type[Method]]:
@@ -42,18 +49,50 @@ def methods() -> dict[str, type[Method]]:
     return dict(registry())
 
 
-def plan(model: nn.Module, spec: str | Spec) -> Plan:
-    """What `spec` would do to `model`, as a printable table; attaches nothing."""
-    count = sum(p.numel() for p in model.parameters())
-    return planning.resolve(inventory.take(model), spec, count)
+def plan(model: nn.Module, spec: str | Spec, *, inputs: Batch | None = None) -> Plan:
+    """What `spec` would do to `model`, as a printable table; attaches nothing.
+
+    A spec without a method, as in `plan(model, "attn.q")`, shows the sites that it selects.  What a model computes is
+    found out from one forward under fake tensors; `inputs` is the batch for it (keyword arguments as a mapping,
+    positional ones as a tuple), where the one made from the model's signature does not do.
+    """
+    found = inventory.take(model, _batch(inputs))
+    if isinstance(spec, str) and _only_sites(spec):
+        return site_map(found, spec)
+    return _plan(model, spec, found)
 
 
-def attach(model: nn.Module, spec: str | Spec) -> nn.Module:
+def sites(model: nn.Module, *, inputs: Batch | None = None) -> SiteMap:
+    """Every site of `model` with the words that select it, as a printable table (docs/sites.md)."""
+    return site_map(inventory.take(model, _batch(inputs)))
+
+
+def _plan(model: nn.Module, spec: str | Spec, found: inventory.Inventory) -> Plan:
+    return planning.resolve(found, spec, sum(p.numel() for p in model.parameters()))
+
+
+def _batch(inputs: Batch | None) -> Inputs | None:
+    if inputs is None or isinstance(inputs, Inputs):
+        return inputs
+    return Inputs((), dict(inputs)) if isinstance(inputs, Mapping) else Inputs(tuple(inputs))
+
+
+def _only_sites(text: str) -> bool:
+    """Whether a text names sites and no method."""
+    try:
+        terms = parse_sites(text).terms
+    except SpecError:
+        return False
+    return all(t.kind != "role" or (t.text not in registry() and known_role(t.text)) for t in terms)
+
+
+def attach(model: nn.Module, spec: str | Spec, *, inputs: Batch | None = None) -> nn.Module:
     """Put the adapters and storage that `spec` names on `model`, in place, and freeze the rest.
 
     The model stays an instance of its class and works with or without `torch.compile(model, backend="rewrite")`.
+    `inputs` as in `plan`.
     """
-    return _attach(model, plan(model, spec))
+    return _attach(model, _plan(model, spec, inventory.take(model, _batch(inputs))))
 
 
 def _attach(model: nn.Module, planned: Plan, values: dict[str, Any] | None = None) -> nn.Module:
@@ -67,16 +106,23 @@ def _attach(model: nn.Module, planned: Plan, values: dict[str, Any] | None = Non
     )
 
 
-def compile(model: nn.Module, spec: str | Spec, *, backend: str = "inductor", dynamic: bool | None = True) -> nn.Module:
+def compile(
+    model: nn.Module,
+    spec: str | Spec,
+    *,
+    inputs: Batch | None = None,
+    backend: str = "inductor",
+    dynamic: bool | None = True,
+) -> nn.Module:
     """`attach(model, spec)`, and let `model(...)` run compiled; the same instance comes back.
 
     `backend`: `inductor`, `aot_eager`, or `eager` (our rewritten graph as it is, for debugging).  `dynamic` as in
-    `torch.compile`.  A failed compile leaves the model as it was.
+    `torch.compile`.  `inputs` as in `plan`.  A failed compile leaves the model as it was.
 
     Example: `model = rewrite.compile(model, "lora(r=8)@attn.q,v + nf4(base)")`
     """
     compiled.check_backend(backend)
-    return compiled.compile_model(attach(model, spec), backend, dynamic)
+    return compiled.compile_model(attach(model, spec, inputs=inputs), backend, dynamic)
 
 
 def apply(program: ExportedProgram, spec: str | Spec) -> ExportedProgram:
@@ -113,7 +159,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         for name, tensor in current.items():
             tensor.copy_(found.tensors[name])
         return model
-    planned = plan(model, found.spec)
+    planned = _plan(model, found.spec, inventory.take(model))
     checkpoint.check_tensors(found, _expected(lower.grafts(planned)))
     return _attach(model, planned, found.tensors)
 

@@ -1,5 +1,7 @@
 """Syntax tree -> method instances: names, argument types and limits are checked here, each with its caret.
 
+Aliases become the sites that they stand for: what is bound holds none.
+
 A method is any frozen dataclass; its fields are the arguments, read through their annotations and the
 metadata that `rewrite.method.arg` leaves (limits, choices, help).  It may say more: `positional_sites` (sites
 stand in the parentheses), `default_sites` (used when none are written), `check()` (rules across arguments).
@@ -17,7 +19,7 @@ from typing import Any, cast
 
 from rewrite.errors import SpecError, nearest
 from rewrite.lexer import brief
-from rewrite.parser import parse_sites
+from rewrite.parser import MAX_DEPTH, parse_sites
 from rewrite.spec import (
     Bool,
     Call,
@@ -31,10 +33,13 @@ from rewrite.spec import (
     Span,
     Spec,
     Str,
+    Term,
     Tuple,
     Value,
+    known_role,
 )
 
+MAX_TERMS = 10_000  # that aliases may stand for: without a bound, fifteen short ones make 10^15
 _LISTED = 12  # a hint names at most this many known names
 _NO: Any = object()  # "this node is no such value"
 _TYPES = {int: "an int", float: "a float", bool: "true or false", str: "a string", type(None): "none"}
@@ -67,7 +72,7 @@ class Argument:
 
 @dataclass(frozen=True)
 class Bound:
-    """A method with its arguments, and the clause it came from, whose sites are filled in."""
+    """A method with its arguments, and the clause it came from, whose sites are filled in, without aliases."""
 
     method: Any
     clause: Clause
@@ -106,7 +111,7 @@ def arguments(cls: type) -> tuple[Argument, ...]:
 def bind(spec: Spec, methods: Mapping[str, type]) -> tuple[Bound, ...]:
     """One method instance per clause; `methods` maps spec names to frozen dataclasses.
 
-    Raises `SpecError`, pointing at the name, the argument or the call that is wrong.
+    Raises `SpecError`, pointing at the name, the argument, the call or the alias that is wrong.
 
     >>> from rewrite.parser import parse
     >>> @dataclass(frozen=True)
@@ -114,8 +119,10 @@ def bind(spec: Spec, methods: Mapping[str, type]) -> tuple[Bound, ...]:
     ...     r: int = 8
     >>> bind(parse("lora(r=4)@attn.q,v"), {"lora": Lora})[0].method
     Lora(r=4)
+    >>> print(bind(parse("let low = attn,ffn; lora@low[0:8]"), {"lora": Lora})[0].sites)
+    attn[0:8],ffn[0:8]
     """
-    binder = _Binder(spec.source, methods)
+    binder = _Binder(spec, methods)
     return tuple(binder.clause(clause) for clause in spec.clauses)
 
 
@@ -133,7 +140,7 @@ def canonical(spec: Spec, methods: Mapping[str, type]) -> str:
     'lora(r=4, alpha=16)@attn.q'
     """
     bind(spec, methods)
-    return str(Spec(tuple(_ordered(clause, methods[clause.call.name]) for clause in spec.clauses)))
+    return str(replace(spec, clauses=tuple(_ordered(clause, methods[clause.call.name]) for clause in spec.clauses)))
 
 
 def _ordered(clause: Clause, cls: type) -> Clause:
@@ -159,11 +166,72 @@ def _positional(cls: type) -> bool:
     return bool(getattr(cls, "positional_sites", False))
 
 
+class _Aliases:
+    """What the aliases of a spec stand for, in terms that a resolver knows."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.known: dict[str, Selector] = {}
+        self.depth: dict[str, int] = {}
+        self.count = 0  # terms that aliases have become so far
+        for let in spec.lets:
+            self.known[let.name] = self.expand(let.sites)
+            inside = [self.depth[term.text] for term in let.sites.terms if term.kind == "alias"]
+            self.depth[let.name] = 1 + max(inside, default=0)
+        self.used()
+
+    def error(self, span: Span, message: str, hint: str = "") -> SpecError:
+        return SpecError(message, self.spec.source, *span, hint)
+
+    def expand(self, sites: Selector) -> Selector:
+        """The same sites without aliases; errors about what they stand for point at the alias."""
+        terms: list[Term] = []
+        for term in sites.terms:
+            terms += self.terms(term, not terms) if term.kind == "alias" else (term,)
+        return replace(sites, terms=tuple(terms))
+
+    def terms(self, term: Term, first: bool) -> Iterable[Term]:
+        """The terms for an alias, whose own minuses must not reach what stands before it."""
+        stands = self.stands(term).moved(term.span, term.layers)
+        if not first and any(inner.minus for inner in stands.terms):
+            return (Term("group", term.text, None, term.minus, term.span, stands),)
+        return (replace(inner, minus=inner.minus or term.minus) for inner in stands.terms)
+
+    def stands(self, term: Term) -> Selector:
+        """What an alias stands for, checked for its place and its size."""
+        name = brief(term.text)
+        if term.text not in self.known:
+            raise self.error(term.span, f"unknown alias '{name}'")
+        leaves = list(self.known[term.text].leaves(minus=True))
+        if term.layers and any(leaf.layers for leaf in leaves):
+            raise self.error(term.layers.span, f"the alias '{name}' has layers of its own", f"write {name}")
+        if self.depth[term.text] > MAX_DEPTH:
+            raise self.error(term.span, f"aliases are nested more than {MAX_DEPTH} deep")
+        self.count += len(leaves)
+        if self.count > MAX_TERMS:
+            raise self.error(term.span, f"the aliases stand for more than {MAX_TERMS:,} sites")
+        return self.known[term.text]
+
+    def used(self) -> None:
+        """Check that every alias is used: one that is not was misspelt, or stands for nothing."""
+        selectors = [let.sites for let in self.spec.lets]
+        selectors += [clause.sites for clause in self.spec.clauses if clause.sites]
+        terms = [term for selector in selectors for term in selector.terms]
+        names = {term.text for term in terms if term.kind == "alias"}
+        for let in self.spec.lets:
+            if let.name in names:
+                continue
+            words = [term.text for term in terms if term.kind == "role" and not known_role(term.text)]
+            close = nearest(let.name, (word.rpartition(".")[2] for word in words), 1)
+            hint = f"'{brief(close[0])}' is no site: did you mean '{brief(let.name)}'?" if close else ""
+            raise self.error(let.name_span, f"the alias '{brief(let.name)}' is never used", hint)
+
+
 class _Binder:
     """Binds the clauses of one source text."""
 
-    def __init__(self, source: str, methods: Mapping[str, type]) -> None:
-        self.source, self.methods = source, methods
+    def __init__(self, spec: Spec, methods: Mapping[str, type]) -> None:
+        self.source, self.methods, self.aliases = spec.source, methods, _Aliases(spec)
 
     def error(self, span: Span, message: str, hint: str = "") -> SpecError:
         return SpecError(message, self.source, *span, hint)
@@ -176,7 +244,9 @@ class _Binder:
             raise self.error(call.name_span, f"unknown method '{brief(call.name)}'", hint)
         cls = self.methods[call.name]
         method = self.instance(cls, call)
-        return Bound(method, clause if clause.sites is not None else self.placed(clause, cls))
+        if clause.sites is None:
+            return Bound(method, self.placed(clause, cls))
+        return Bound(method, replace(clause, sites=self.aliases.expand(clause.sites)))
 
     def placed(self, clause: Clause, cls: type) -> Clause:
         """The clause with the method's default sites, whose errors point at the method's name."""
@@ -186,11 +256,7 @@ class _Binder:
             fixed = str(_ordered(replace(clause, sites=example, label=None, approximate=False), cls))
             message = f"{clause.call.name} does not say where it goes"
             raise self.error(name, message, f"write {brief(fixed, 80)}")
-        terms = tuple(
-            replace(term, span=name, layers=term.layers and replace(term.layers, span=name))
-            for term in parse_sites(default).terms
-        )
-        return replace(clause, sites=Selector(terms, name))
+        return replace(clause, sites=parse_sites(default).moved(name))
 
     def instance(self, cls: type, call: Call) -> Any:
         """The dataclass with the call's arguments."""

@@ -51,10 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def plan(args: argparse.Namespace) -> int:
-    rewrite.parse(args.spec)  # before anything slow
+    if args.sites is None and args.spec is None:
+        raise RewriteError("give --spec 'lora(r=8)@attn.q,v', or --sites to see what the model has")
+    if args.sites is None:
+        rewrite.parse(args.spec)  # before anything slow
     with waiting("build the model"):
         model = _skeleton(args.model)
-    print(rewrite.plan(model, args.spec))
+    if args.sites is not None:
+        print(rewrite.plan(model, args.sites) if args.sites else rewrite.sites(model))
+    if args.spec is not None:
+        print(rewrite.plan(model, args.spec))
     return 0
 
 
@@ -175,7 +181,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"rewrite {rewrite.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    _with_model(commands, "plan", plan, "show what a spec would do to a model", "--model llama/ --spec 'lora@attn.q,v'")
+    planned = _with_model(
+        commands,
+        "plan",
+        plan,
+        "show what a spec would do to a model, or what sites it has",
+        "--model llama/ --spec 'lora@attn.q,v'",
+        required=False,
+    )
+    planned.add_argument(
+        "--sites", nargs="?", const="", metavar="SITES", help="show the model's sites: all of them, or such as 'attn.q'"
+    )
     shown = _with_model(
         commands,
         "diff",
@@ -209,10 +225,12 @@ def _command(commands: Any, name: str, run: Command, about: str, example: str) -
     return parser
 
 
-def _with_model(commands: Any, name: str, run: Command, about: str, example: str) -> argparse.ArgumentParser:
+def _with_model(
+    commands: Any, name: str, run: Command, about: str, example: str, required: bool = True
+) -> argparse.ArgumentParser:
     parser = _command(commands, name, run, about, example)
     parser.add_argument("--model", metavar="FOLDER", help=_MODEL)
-    parser.add_argument("--spec", required=True, help="what to adapt and how, such as 'lora(r=8)@attn.q,v'")
+    parser.add_argument("--spec", required=required, help="what to adapt and how, such as 'lora(r=8)@attn.q,v'")
     return parser
 
 

@@ -6,9 +6,10 @@ resolve alike.  Nothing here says what a place is for: that is `rewrite.sites`.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,15 +17,22 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-Kind = Literal["linear", "conv", "embedding", "norm", "other"]
+from rewrite import structure
+from rewrite.codegen.maps import LINEAR, LayerMap, Matmul
+from rewrite.layers import is_conv1d, layer_of, layer_of_reader
+from rewrite.structure.inputs import Inputs
+from rewrite.structure.program import of_program
+from rewrite.structure.roles import Structure, Use
+
+Kind = Literal["linear", "conv", "embedding", "norm", "expert", "other"]
 
 
 @dataclass(frozen=True)
 class Place:
-    """A module with tensors of its own.
+    """A module with tensors of its own, or one of its tensors where that is a stack of weights (`expert`).
 
-    `shape` is that of its weight seen as (d_out, d_in, ...); `transposed` where the module stores it the other
-    way round.  `tied` names the places that share its weight.
+    `shape` is that of its weight seen as (d_out, d_in, ...).  `tensor` names its weight and `map` says how the module
+    applies it.  `tied` names the places that share its weight.
     """
 
     path: str
@@ -33,24 +41,45 @@ class Place:
     shape: tuple[int, ...]
     dtype: torch.dtype
     tensors: tuple[tuple[str, tuple[int, ...]], ...]
-    transposed: bool = False
     tied: tuple[str, ...] = ()
     called: bool = True  # a parent may read its weight without calling it (nn.MultiheadAttention)
+    tensor: str = "weight"
+    map: LayerMap = LINEAR
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The shape of its weight as the module holds it."""
+        return dict(self.tensors).get(self.tensor, self.shape)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the module stores its weight as (d_in, d_out)."""
+        return self.map == Matmul(True)
+
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        """The shape (..., d_out, d_in) of its weight seen as a matrix; (d,) for a vector."""
+        return self.map.matrix_shape(self.stored)
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """The places of a model, and the lists of repeated blocks that its layer numbers count."""
+    """The places of a model, the lists of repeated blocks that its layer numbers count, and what a trace of it says."""
 
     model: str
     places: tuple[Place, ...]
     blocks: tuple[str, ...]  # paths of the lists whose elements are blocks, e.g. `model.layers`
     lists: frozenset[str]  # paths of all lists of modules
     head: str | None  # path of the output projection, where the model says which it is
+    structure: Structure | None = None
+    untraced: str = ""  # why there is no structure
 
 
-def take(model: nn.Module) -> Inventory:
-    """The inventory of a live model; shared modules appear once, under their first name."""
+def take(model: nn.Module, batch: Inputs | None = None) -> Inventory:
+    """The inventory of a live model; shared modules appear once, under their first name.
+
+    `batch` is what to trace it with, where the one that its signature suggests does not do.
+    """
     users: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         if isinstance(weight := module._parameters.get("weight"), nn.Parameter):
@@ -62,8 +91,56 @@ def take(model: nn.Module) -> Inventory:
             weight = module._parameters.get("weight")
             tied = tuple(p for p in users.get(id(weight), ()) if p != path) if weight is not None else ()
             places.append(_place(path, module, tensors, tied, path not in uncalled))
+            places += _experts(places[-1], module)
     lists = _lists(model)
-    return Inventory(type(model).__name__, tuple(places), block_lists(lists), frozenset(lists), _head(model))
+    found = Inventory(type(model).__name__, tuple(places), block_lists(lists), frozenset(lists), _head(model))
+    try:
+        seen = structure.of(model, batch, found.blocks) if places else None
+    except structure.TraceError as error:
+        return dataclasses.replace(found, untraced=str(error))
+    if seen is None:
+        return found
+    blocks = innermost(lists, seen.residual) or found.blocks
+    return dataclasses.replace(found, places=refined(found.places, seen), blocks=blocks, structure=seen)
+
+
+def refined(places: Sequence[Place], seen: Structure) -> tuple[Place, ...]:
+    """Places as a trace saw them used: which weights their module applies itself, and weights under other names."""
+    found: list[Place] = []
+    for place in places:
+        uses = {n: u for n, _ in place.tensors if (u := seen.uses.get(_name(place.path, n))) is not None}
+        own = uses.get(place.tensor)
+        if own is not None and (place.kind in ("linear", "conv", "embedding")):
+            found.append(_as_used(place, own))
+        elif place.kind == "expert":  # seen as a tensor of its module
+            continue
+        elif uses:
+            rest = tuple((n, shape) for n, shape in place.tensors if n not in uses)
+            found += [dataclasses.replace(place, tensors=rest)] if rest else []
+            found += [_read(place, n, use) for n, use in uses.items()]
+        else:
+            found.append(place)
+    return tuple(found)
+
+
+def _as_used(place: Place, use: Use) -> Place:
+    layer = Matmul(use.output > (use.input or 0)) if place.kind == "linear" else place.map
+    return dataclasses.replace(place, called=place.called and use.called, map=layer)
+
+
+def _read(place: Place, tensor: str, use: Use) -> Place:
+    """The place of one weight among the tensors of a module."""
+    shape = dict(place.tensors)[tensor]
+    kind: Kind = "expert" if use.kind == "expert" else "linear" if use.kind == "linear" else "other"
+    layer = Matmul(use.output > (use.input or 0)) if use.kind in ("expert", "linear") else LINEAR
+    return dataclasses.replace(
+        place, kind=kind, tensors=((tensor, shape),), shape=layer.matrix_shape(shape), tensor=tensor, map=layer,
+        called=use.called, tied=place.tied if tensor == place.tensor else (),
+    )  # fmt: skip
+
+
+def _name(path: str, tensor: str) -> str:
+    return f"{path}.{tensor}" if path else tensor
 
 
 def take_exported(program: ExportedProgram) -> Inventory:
@@ -78,15 +155,17 @@ def take_exported(program: ExportedProgram) -> Inventory:
     for path, tensors in owned.items():
         if "weight" in tensors:
             users.setdefault(tensors["weight"].data_ptr(), []).append(path)
-    places = []
+    places, maps = [], _exported_maps(program)
     for path, tensors in owned.items():
         first = tensors.get("weight", next(iter(tensors.values())))
-        kind, transposed = _kind_of(types.get(path), first if "weight" in tensors else None)
-        shape = tuple(reversed(first.shape)) if transposed else tuple(first.shape)
+        kind = _kind_of(types.get(path), first if "weight" in tensors else None)
+        linear = Matmul(True) if kind == "linear" and is_conv1d(types.get(path) or object) else LINEAR
+        layer, alone = maps.get(path, (linear, kind not in ("conv", "embedding")))
+        shape = layer.matrix_shape(first.shape) if layer == Matmul(True) else tuple(first.shape)
         tied = tuple(p for p in users.get(first.data_ptr(), ()) if p != path)
         named = tuple((n, tuple(t.shape)) for n, t in tensors.items())
         name = getattr(types.get(path), "__name__", "")
-        places.append(Place(path, name, kind, shape, first.dtype, named, transposed, tied, path in types))
+        places.append(Place(path, name, kind, shape, first.dtype, named, tied, path in types and alone, map=layer))
     lists: dict[str, list[str]] = {}
     for path, cls in types.items():
         parent, _, leaf = path.rpartition(".")
@@ -94,7 +173,22 @@ def take_exported(program: ExportedProgram) -> Inventory:
             inner = any(p.startswith(f"{path}.") for p in types)
             lists.setdefault(parent, []).append(cls.__name__ if cls and inner else "")
     root = getattr(types.get(""), "__name__", "") or "exported program"
-    return Inventory(root, tuple(places), block_lists(lists), frozenset(lists), None)
+    blocks = block_lists(lists)
+    seen = structure.derive(of_program(program), blocks)
+    blocks = innermost(lists, seen.residual) or blocks
+    return Inventory(root, refined(places, seen), blocks, frozenset(lists), None, seen)
+
+
+def _exported_maps(program: ExportedProgram) -> dict[str, tuple[LayerMap, bool]]:
+    """(map, whether the layer computes nothing else) of every convolution and embedding that a program calls."""
+    found: dict[str, tuple[LayerMap, bool]] = {}
+    for node in program.graph.nodes:
+        if node.op == "call_function" and (layer := layer_of_reader(node)) is not None:
+            stack = node.meta.get("nn_module_stack") or {}
+            path = next(reversed([p for p, _ in stack.values()]), "").partition("@")[0]
+            before = node.all_input_nodes[0].meta  # a padding mode is a node of the same module
+            found[path] = layer, before.get("nn_module_stack") != stack
+    return found
 
 
 def _types(program: ExportedProgram) -> dict[str, type | None]:
@@ -114,28 +208,40 @@ def _imported(qualified: str) -> type | None:
 def _place(path: str, module: nn.Module, tensors, tied: tuple[str, ...], called: bool) -> Place:
     weight = module._parameters.get("weight")
     first = next(module.parameters(recurse=False)) if weight is None else weight
-    kind, transposed = _kind_of(type(module), weight)
-    shape = tuple(first.shape)
-    if transposed:
-        shape = (shape[1], shape[0], *shape[2:])
-    return Place(path, type(module).__name__, kind, shape, first.dtype, tensors, transposed, tied, called)
+    kind = _kind_of(type(module), weight)
+    layer = layer_of(module) if kind in ("linear", "conv", "embedding") else LINEAR
+    shape = layer.matrix_shape(first.shape) if layer == Matmul(True) else tuple(first.shape)
+    return Place(path, type(module).__name__, kind, shape, first.dtype, tensors, tied, called, map=layer)
 
 
-def _kind_of(cls: type | None, weight: torch.Tensor | None) -> tuple[Kind, bool]:
-    """(kind, transposed) by type, or by the shapes that define a kind: never by a list of architectures."""
+def _experts(place: Place, module: nn.Module) -> list[Place]:
+    """A place for every stack of matrices in a module of no known kind; nothing calls those."""
+    stacks = [(name, p) for name, p in module.named_parameters(recurse=False) if p.ndim == 3 and min(p.shape) > 1]
+    return [
+        dataclasses.replace(
+            place, kind="expert", shape=tuple(p.shape), dtype=p.dtype, tensors=((name, tuple(p.shape)),), tied=(),
+            called=False, tensor=name,
+        )
+        for name, p in stacks
+        if place.kind == "other"
+    ]  # fmt: skip
+
+
+def _kind_of(cls: type | None, weight: torch.Tensor | None) -> Kind:
+    """The kind by type, or by the shapes that define it: never by a list of architectures."""
     if cls is None or weight is None:
-        return "other", False
+        return "other"
     if issubclass(cls, nn.Linear):
-        return "linear", False
+        return "linear"
     if issubclass(cls, nn.Embedding):
-        return "embedding", False
+        return "embedding"
     if issubclass(cls, nn.modules.conv._ConvNd):
-        return "conv", False
-    if weight.ndim == 2 and cls.__name__ == "Conv1D":  # transformers' linear layer with a (d_in, d_out) weight
-        return "linear", True
+        return "conv"
+    if weight.ndim == 2 and is_conv1d(cls):
+        return "linear"
     if weight.ndim == 1 and "norm" in cls.__name__.lower():
-        return "norm", False
-    return "other", False
+        return "norm"
+    return "other"
 
 
 def _uncalled(model: nn.Module) -> set[str]:
@@ -160,6 +266,20 @@ def block_lists(lists: dict[str, list[str]]) -> tuple[str, ...]:
     """The outermost lists of composed modules, most of one type: a list of single layers is no list of blocks."""
     found = [p for p, types in lists.items() if types and all(types) and _alike(types)]
     return tuple(p for p in found if not any(p.startswith(f"{q}.") for q in found))
+
+
+def innermost(lists: dict[str, list[str]], residual: Collection[str]) -> tuple[str, ...]:
+    """Lists of composed modules around residual adds that hold no such list themselves: the blocks of a model.
+
+    So the stages of a hierarchical model are no blocks, their layers are; and experts are none either.
+    """
+    stacks = [
+        p
+        for p, types in lists.items()
+        if types and all(types) and any(f"{p}.{i}" in residual for i in range(len(types)))
+    ]
+    alike = [p for p in stacks if _alike(lists[p])]
+    return tuple(p for p in alike if not any(q.startswith(f"{p}.") for q in alike))
 
 
 def _alike(types: Iterable[str]) -> bool:

@@ -22,7 +22,7 @@ MAX_WAYS = 5e7  # ways to match one module path, some 0.2 s of backtracking; fiv
 MAX_COUNT = 200  # `re` runs (?:){1000000000} to the end, whatever the text
 MAX_INT = 2**63 - 1
 
-MARKS = frozenset("()[],=@+-~:")
+MARKS = frozenset("()[],=@+-~:;")
 _GLOB = "a glob stands in quotes"
 _PATH = 80  # characters of a long module path
 _BLANK = re.compile(r"[ \t\r\n]+")

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import rewrite.codegen.ops  # noqa: F401  (defines torch.ops.rewrite)
+from rewrite.codegen.maps import LayerMap, Matmul, Rows
 from rewrite.codegen.typed import typed
 from rewrite.method import Method, Param
 from rewrite.planning import Placement, Plan
@@ -34,9 +35,10 @@ def lower(placed: Placement) -> Graft:
     common: dict[str, Any] = {
         "path": site.path,
         "name": placed.name,
+        "tensor": site.place.tensor,
+        "shape": site.place.stored,
+        "map": site.place.map,
         "rows": site.rows,
-        "transposed": site.place.transposed,
-        "shape": tuple(reversed(site.place.shape)) if site.place.transposed else site.place.shape,
         "label": str(placed.clause.call).removesuffix("()"),
     }
     return _LOWER[method.view()](method, site, common)
@@ -45,12 +47,14 @@ def lower(placed: Placement) -> Graft:
 def _delta(method: Method, site: Site, common: dict[str, Any]) -> Graft:
     params = method.params(site)
     names = tuple(params)
+    make, where = (_branch, "output") if site.place.called else (_updated, "weight")
     return Graft(
-        where="output",
-        op=_branch(method, names, site.rows, site.place.shape[0]),
+        where=where,
+        op=make(method, names, site.rows, site.place.map),
         slots=_slots(params, site.dtype),
         initialise=functools.partial(_initialise, method, params),
         delta=functools.partial(_structured, method, names),
+        sharers=site.place.tied if site.shared else (),
         **common,
     )
 
@@ -59,7 +63,7 @@ def _output(method: Method, site: Site, common: dict[str, Any]) -> Graft:
     params = method.params(site)
     return Graft(
         where="output",
-        op=_activation(method, tuple(params), site.rows),
+        op=_activation(method, tuple(params), site.rows, site.place.map),
         slots=_slots(params, site.dtype),
         initialise=functools.partial(_initialise, method, params),
         **common,
@@ -71,9 +75,10 @@ def _weight(method: Method, site: Site, common: dict[str, Any]) -> Graft:
     names = tuple(params)
     return Graft(
         where="weight",
-        op=_reparametrised(method, names, site.rows, site.place.transposed),
+        op=_reparametrised(method, names, site.rows, site.place.map),
         slots=_slots(params, site.dtype),
         initialise=functools.partial(_initialise, method, params),
+        sharers=site.place.tied if site.shared else (),
         **common,
     )
 
@@ -123,45 +128,57 @@ def _structured(method: Method, names: tuple[str, ...], *theta: Tensor) -> Any:
 
 
 @functools.cache
-def _branch(method: Method, names: tuple[str, ...], rows: tuple[int, int] | None, width: int) -> Callable[..., Any]:
+def _branch(method: Method, names: tuple[str, ...], rows: Rows | None, layer: LayerMap) -> Callable[..., Any]:
     """`y + delta(theta).apply(dropout(x))`, on the rows of the site."""
     dropout = getattr(method, "dropout", 0.0)
 
     def reference(x: Any, y: Any, *theta: Any, training: bool) -> Any:
         x = F.dropout(x, dropout, training) if dropout and training else x
+        like = y if layer.reads_ids else None
         for term in _structured(method, names, *theta).terms():
-            update = term.apply(x)
-            y = y + (update if rows is None else F.pad(update, (rows[0], width - rows[1])))
+            if rows is None:
+                update = term.apply(x, layer, like=like)
+            elif rows.count == 1 and isinstance(layer, Matmul):  # the fused operator writes those columns alone
+                update = rows.put(term.apply(x, layer, like=like), layer.channel)
+            else:
+                update = term.spread(rows).apply(x, layer, like=like)
+            y = y + update
         return y
 
     return typed(method.name, "branch", reference)
 
 
 @functools.cache
-def _activation(method: Method, names: tuple[str, ...], rows: tuple[int, int] | None) -> Callable[..., Any]:
+def _updated(method: Method, names: tuple[str, ...], rows: Rows | None, layer: LayerMap) -> Callable[..., Any]:
+    """`W + delta(theta)`, on the rows of the site: for a weight that is read without calling its layer."""
+
+    def reference(W: Any, *theta: Any) -> Any:
+        return _structured(method, names, *theta).add_to(W, layer, rows)
+
+    return typed(method.name, "weight", reference)
+
+
+@functools.cache
+def _activation(method: Method, names: tuple[str, ...], rows: Rows | None, layer: LayerMap) -> Callable[..., Any]:
     def reference(x: Any, y: Any, *theta: Any, training: bool) -> Any:
         named = dict(zip(names, theta, strict=True))
         if rows is None:
             return method.output(x, y, **named)
-        part = method.output(x, y[..., rows[0] : rows[1]], **named)
-        return torch.cat([y[..., : rows[0]], part, y[..., rows[1] :]], dim=-1)
+        part = method.output(x, rows.take(y, layer.channel), **named)
+        return rows.replace(y, part, layer.channel)
 
     return typed(method.name, "branch", reference)
 
 
 @functools.cache
-def _reparametrised(
-    method: Method, names: tuple[str, ...], rows: tuple[int, int] | None, transposed: bool
-) -> Callable[..., Any]:
+def _reparametrised(method: Method, names: tuple[str, ...], rows: Rows | None, layer: LayerMap) -> Callable[..., Any]:
     def reference(W: Any, *theta: Any) -> Any:
-        named = dict(zip(names, theta, strict=True))
-        W = W.t() if transposed else W
+        named, matrix = dict(zip(names, theta, strict=True)), layer.matrix(W)
         if rows is None:
-            changed = method.weight(W, **named)
+            changed = method.weight(matrix, **named)
         else:
-            part = method.weight(W[rows[0] : rows[1]], **named)
-            changed = torch.cat([W[: rows[0]], part, W[rows[1] :]])
-        return changed.t() if transposed else changed
+            changed = rows.replace(matrix, method.weight(rows.take(matrix), **named))
+        return layer.stored(changed, W.shape)
 
     return typed(method.name, "weight", reference)
 

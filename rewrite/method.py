@@ -63,8 +63,12 @@ class Param:
 
 
 def kaiming(tensor: Tensor) -> Tensor:
-    """Uniform in +-1/sqrt(fan_in), as `torch.nn.Linear` starts its weight (He et al. 2015, a = sqrt 5)."""
-    return torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+    """Uniform in +-1/sqrt(d_in), as `torch.nn.Linear` starts its weight (He et al. 2015, a = sqrt 5).
+
+    The tensor is (..., d_in): leading dimensions stack matrices, they are no part of the fan.
+    """
+    torch.nn.init.kaiming_uniform_(tensor.flatten(0, -2), a=math.sqrt(5))
+    return tensor
 
 
 class Method:
@@ -87,11 +91,11 @@ class Method:
         cls.name = cls.__dict__.get("name", cls.__name__.lower())
 
     def params(self, site: Site) -> dict[str, Param]:
-        """The method's tensors at a site with (out_features, in_features), in a fixed order."""
+        """The method's tensors at a site with the matrix (*stack, out_features, in_features), in a fixed order."""
         return {}
 
     def initialise(self, W: Tensor, theta: dict[str, Tensor]) -> None:
-        """Fill `theta` in place where the start depends on the weight W (d_out, d_in); after `Param.init`."""
+        """Fill `theta` in place where the start depends on the matrix W (..., d_out, d_in); after `Param.init`."""
 
     def fits(self, site: Site) -> str | None:
         """Why this method cannot stand at a site, or None."""
@@ -102,7 +106,7 @@ class Method:
         raise NotImplementedError
 
     def weight(self, W: Tensor, **theta: Tensor) -> Tensor:
-        """The reparameterised weight."""
+        """The reparameterised matrix W (..., d_out, d_in) of a weight."""
         raise NotImplementedError
 
     def output(self, x: Tensor, y: Tensor, **theta: Tensor) -> Tensor:
@@ -110,7 +114,7 @@ class Method:
         raise NotImplementedError
 
     def encode(self, W: Tensor) -> tuple[Tensor, ...]:
-        """The stored tensors of a weight W (d_out, d_in)."""
+        """The stored tensors of the matrix W (..., d_out, d_in) of a weight."""
         raise NotImplementedError
 
     def layout(self, site: Site) -> storage.Layout:
@@ -131,3 +135,27 @@ class Method:
         if len(stated) != 1:
             raise TypeError(f"method {self.name} must state exactly one view, it states {stated or 'none'}")
         return "storage" if stated == ["encode"] else stated[0]
+
+
+def refusal(method: Method, site: Site) -> str | None:
+    """Why a method cannot stand at a site, or None: its own reason, or one that follows from its view there."""
+    if (reason := method.fits(site)) is not None:
+        return reason
+    dropout, view = getattr(method, "dropout", 0.0), method.view()
+    if site.place.map.reads_ids and view == "delta" and dropout:
+        return "dropout drops activations, and this layer reads ids: set dropout=0 there"
+    if site.place.called:
+        return None
+    if view == "output":
+        return "it changes the output of a layer, and this weight is read without calling one"
+    if view == "delta" and dropout:
+        return "dropout drops inputs of a layer, and this weight is read without calling one: set dropout=0 there"
+    if view == "delta" and _shift(method, site):
+        return "it shifts the output of a layer, and this weight is read without calling one"
+    return None
+
+
+def _shift(method: Method, site: Site) -> bool:
+    """Whether a method updates the bias too."""
+    theta = {name: torch.empty(p.shape, device="meta") for name, p in method.params(site).items()}
+    return method.delta(**theta).shift() is not None

@@ -1,6 +1,7 @@
 """Text -> syntax tree (`rewrite.spec`): the grammar of the spec language, in one place.
 
-    spec    = clause { "+" clause }
+    spec    = { let } clause { "+" clause }
+    let     = "let" word "=" sites ";"                        a name for sites, for what comes after it
     clause  = [ word ":" ] [ "~" ] word [ "(" [ item { "," item } [ "," ] ] ")" ] [ "@" sites ]
     item    = site { "-" site } | value | word "=" value      keyword arguments stand last
     sites   = site { "," site | "-" site }                    "," adds, "-" removes from everything before it
@@ -16,7 +17,8 @@
     blanks and newlines are free; "#" starts a comment that ends with its line
 
 Between the parentheses of a clause a bare word, string or regex is a site (`nf4(base)`); inside a nested call
-and after "=" it is a value.  Whether a method or an argument exists is not asked here (`rewrite.bind`).
+and after "=" it is a value.  A site word that a `let` has defined is that alias (`rewrite.bind` expands it).
+Whether a method or an argument exists is not asked here.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from rewrite.errors import SpecError
 from rewrite.lexer import Lexer, Token, brief
 from rewrite.spec import (
     CONSTANTS,
+    LET,
     Bool,
     Call,
     Clause,
@@ -34,6 +37,7 @@ from rewrite.spec import (
     Int,
     Keyword,
     Layers,
+    Let,
     Name,
     Null,
     Selector,
@@ -45,6 +49,7 @@ from rewrite.spec import (
     Value,
     inherit,
     known_role,
+    role_of,
 )
 
 MAX_LENGTH = 20_000
@@ -53,8 +58,10 @@ MAX_DEPTH = 50
 _EXAMPLE = "write for example lora(r=8)@attn.q,v"
 _MINUS = "'-' stands right behind what it removes from: linear-head"
 _PLUS = "methods are joined by '+'"
+_ENDS = {"(": _PLUS, ";": f"only a 'let' ends in ';': {_PLUS}"}
+_LET = f"write for example {LET} mixer = 'blocks.*.mixer'; lora@mixer"
 _NOT_NUMBERS = ("nan", "inf", "infinity")
-_KINDS: dict[str, Literal["role", "glob", "regex"]] = {"word": "role", "string": "glob", "regex": "regex"}
+_KINDS: dict[str, Literal["role", "glob", "regex", "alias"]] = {"word": "role", "string": "glob", "regex": "regex"}
 
 
 def parse(text: str) -> Spec:
@@ -97,6 +104,9 @@ class _Parser:
         self.lexer = Lexer(text)
         self.depth = 0
         self.stop = 0  # where the last token that was taken ends
+        self.aliases: set[str] = set()
+        self.defining = ""  # the alias whose definition is being read
+        self.words: dict[str, Span] = {}  # site words in definitions that were no alias, where first written
         self.token = self.lexer.next()
 
     def take(self) -> Token:
@@ -135,13 +145,46 @@ class _Parser:
     def spec(self) -> Spec:
         if self.token.kind == "end":
             raise self.lexer.error(*self.token.span, "the spec is empty", _EXAMPLE)
-        clauses = [self.clause("a method")]
+        lets: list[Let] = []
+        while self.token.kind == "word" and self.token.text == LET:
+            lets.append(self.let())
+        clauses = [self.clause("a method after ';'" if lets else "a method")]
         while self.accept("+"):
             clauses.append(self.clause("a method after '+'"))
         if self.token.kind == "@" and clauses[-1].sites is not None:
             raise self.twice(clauses[-1], clauses[-1].sites.terms[0])
-        self.expect("end", "'+' or the end of the spec", _PLUS if self.token.kind == "(" else "")
-        return Spec(tuple(clauses), self.lexer.source)
+        self.expect("end", "'+' or the end of the spec", _ENDS.get(self.token.kind, ""))
+        return Spec(tuple(clauses), self.lexer.source, tuple(lets))
+
+    def let(self) -> Let:
+        start = self.take()
+        if self.token.kind != "word":
+            raise self.wanted(f"a name after '{LET}'", _LET)
+        self.free(self.token)
+        name = self.take()
+        self.expect("=", f"'=' after '{LET} {brief(name.text)}'")
+        self.defining = name.text
+        sites = self.sites("'='")
+        self.defining = ""
+        hint = "an alias names sites, not methods" if self.token.kind in ("(", "@") else f"a '{LET}' ends in ';'"
+        self.expect(";", "',', '-' or ';'", hint)
+        self.aliases.add(name.text)
+        return Let(name.text, sites, self.span(start), name.span)
+
+    def free(self, name: Token) -> None:
+        """Check that an alias may have this name."""
+        text = brief(name.text)
+        if "." in name.text:
+            raise self.lexer.error(*name.span, f"the alias '{text}' may not hold a dot")
+        if name.text in CONSTANTS or name.text == LET:
+            raise self.lexer.error(*name.span, f"'{text}' is a reserved word and cannot be an alias")
+        if role := role_of(name.text):
+            message = f"'{text}' is a role" if role == name.text else f"'{text}' is the short form of the role {role}"
+            raise self.lexer.error(*name.span, f"{message} and cannot be an alias")
+        if name.text in self.aliases:
+            raise self.lexer.error(*name.span, f"the alias '{text}' is defined twice")
+        if name.text in self.words:
+            raise self.lexer.error(*self.words[name.text], f"the alias '{text}' is used before it is defined")
 
     def twice(self, clause: Clause, first: Term) -> SpecError:
         if not clause.positional:
@@ -155,7 +198,7 @@ class _Parser:
         start = self.token
         label = None
         if self.token.kind == "word":
-            name = self.take()
+            name = self.method("")
             if self.accept(":"):
                 if "." in name.text:
                     raise self.lexer.error(*name.span, f"the label '{brief(name.text)}' may not hold a dot")
@@ -165,7 +208,7 @@ class _Parser:
         approximate = name is None and self.accept("~") is not None
         if name is None:
             after = "a method after '~'" if approximate else f"a method after '{label}:'" if label else what
-            name = self.expect("word", after)
+            name = self.method(after)
         values, terms, kwargs = self.items() if self.token.kind == "(" else ([], [], [])
         call = Call(name.text, tuple(values), tuple(kwargs), self.span(name))
         positional = bool(terms)
@@ -173,6 +216,12 @@ class _Parser:
         if sites is None and self.accept("@"):
             sites = self.sites("'@'")
         return Clause(call, sites, positional, label, approximate, self.span(start))
+
+    def method(self, what: str) -> Token:
+        """The word that a clause begins with."""
+        if self.token.kind == "word" and self.token.text == LET:
+            raise self.lexer.error(*self.token.span, f"a '{LET}' stands before the first method")
+        return self.expect("word", what)
 
     def items(self) -> tuple[list[Value], list[Term], list[Keyword]]:
         """What stands between the parentheses of a clause."""
@@ -223,17 +272,26 @@ class _Parser:
         raise self.wanted(f"a site after {after}", _MINUS if self.token.kind == "-" else "")
 
     def term(self, token: Token, before: str, minus: bool = False) -> Term:
-        text = str(token.value)
-        if token.kind == "word":
-            if text in CONSTANTS:
-                raise self.lexer.error(*token.span, f"'{text}' is a value, not a site")
-            text = inherit(before, text)
+        kind, text = _KINDS[token.kind], str(token.value)
+        if text in self.aliases and token.kind == "word":
+            kind = "alias"
+        elif token.kind == "word":
+            text = self.role(token, before)
         elif not text:
             raise self.lexer.error(*token.span, "the glob is empty")
         layers = self.layers() if self.token.kind == "[" else None
         if self.token.kind == "[":
             raise self.lexer.error(*self.token.span, "a site takes only one layer selector")
-        return Term(_KINDS[token.kind], text, layers, minus, self.span(token))
+        return Term(kind, text, layers, minus, self.span(token))
+
+    def role(self, word: Token, before: str) -> str:
+        if word.text in CONSTANTS:
+            raise self.lexer.error(*word.span, f"'{word.text}' is a value, not a site")
+        if word.text == self.defining:
+            raise self.lexer.error(*word.span, f"the alias '{brief(word.text)}' is defined by itself")
+        if self.defining:
+            self.words.setdefault(word.text, word.span)
+        return inherit(before, word.text)
 
     def layers(self) -> Layers:
         start = self.take()

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import fnmatch
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
-from rewrite import sites as roles
 from rewrite.bind import Bound, bind, canonical
-from rewrite.errors import ResolveError, nearest
 from rewrite.inventory import Inventory
-from rewrite.method import Method
+from rewrite.method import Method, refusal
 from rewrite.methods import registry
 from rewrite.parser import parse as parse_text
 from rewrite.passes.record import summarise
+from rewrite.selection import Selection
 from rewrite.sites import Site
-from rewrite.spec import Clause, Selector, Spec, Term
+from rewrite.spec import Clause, Spec
 from rewrite.table import table
 
 
@@ -58,6 +55,11 @@ class Plan:
     def trainable(self) -> int:
         return sum(p.trainable for p in self.placements)
 
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites that something is placed at, in the order of the placements."""
+        return tuple(p.site for p in self.placements)
+
     def rows(self) -> list[dict[str, Any]]:
         """One plain row per placement, as `rewrite.json` keeps them."""
         return [
@@ -65,7 +67,7 @@ class Plan:
                 "site": p.site.name,
                 "role": p.site.roles[0],
                 "layer": p.site.layer,
-                "rows": p.site.rows,
+                "rows": p.site.rows and list(astuple(p.site.rows)),
                 "shape": list(p.site.place.shape),
                 "method": p.method.name,
                 "trainable": p.trainable,
@@ -117,108 +119,36 @@ def resolve(inventory: Inventory, text: str | Spec, parameters: int = 0) -> Plan
     """Place every clause of a spec; raises `SpecError` or `ResolveError`."""
     spec = parse_text(text) if isinstance(text, str) else text
     canonical_spec, bound = read(spec)
-    resolver = _Resolver(inventory, spec)
+    resolver = _Resolver(inventory, spec.source or str(spec), spec.aliases)
     if not inventory.places:
         raise resolver.error(bound[0].clause, f"{inventory.model} has no parameters: there is nothing to adapt")
     placements: list[Placement] = []
     trained = [b for b in bound if b.method.trains]
-    taken = {s.path for b in trained for s in resolver.select(b.sites, b)}
+    taken = {s.weight for b in trained for s in resolver.select(b.sites, b.method)}
     for b in bound:
         placements += resolver.place(b, taken, placements)
     return Plan(inventory.model, str(canonical_spec), tuple(placements), tuple(resolver.notes), parameters)
 
 
-class _Resolver:
-    def __init__(self, inventory: Inventory, spec: Spec) -> None:
-        self.inventory, self.source = inventory, spec.source or str(spec)
-        self.sites = roles.find(inventory)
-        self.notes: list[str] = []
-
-    def error(self, at: Term | Clause, message: str, hint: str = "") -> ResolveError:
-        return ResolveError(message, self.source, at.span[0], at.span[1], hint)
-
-    def select(self, selector: Selector, bound: Bound) -> list[Site]:
-        """The sites that a selector names, in the model's order, that the method can stand at."""
-        chosen: dict[int, Site] = {}
-        for term in selector.terms:
-            matched = self.matches(term, bound)
-            for number, site in matched:
-                if term.minus:
-                    chosen.pop(number, None)
-                else:
-                    chosen[number] = site
-            if term.minus:  # a part of a removed module goes too, and the whole of a removed part
-                gone = {s.path for _, s in matched}
-                chosen = {n: s for n, s in chosen.items() if s.path not in gone}
-        if not chosen:
-            raise self.error(selector.terms[0], f"'{selector}' selects nothing in {self.inventory.model}")
-        return [chosen[n] for n in sorted(chosen)]
-
-    def matches(self, term: Term, bound: Bound) -> list[tuple[int, Site]]:
-        found = [(n, s) for n, s in enumerate(self.sites) if _named(term, s)]
-        if not found:
-            raise self.error(term, f"'{term}' matches nothing in {self.inventory.model}", self.nearest(term))
-        fitting = [(n, s) for n, s in found if s.kind in bound.method.kinds]
-        if not fitting:
-            kinds, method, model = sorted({s.kind for _, s in found}), bound.method, self.inventory.model
-            raise self.error(
-                term,
-                f"{method.name} cannot stand at '{term}': its sites in {model} are of kind {', '.join(kinds)}",
-                f"{method.name} takes: {', '.join(sorted(method.kinds))}",
-            )
-        if term.kind != "role":  # a path names whole modules, unless nothing but parts is there
-            whole = {s.path for _, s in fitting if s.rows is None}
-            fitting = [(n, s) for n, s in fitting if s.rows is None or s.path not in whole]
-        return self.layers(term, fitting)
-
-    def layers(self, term: Term, found: list[tuple[int, Site]]) -> list[tuple[int, Site]]:
-        """Of the sites found, those in the layers that the term asks for."""
-        if term.layers is None:
-            return found
-        counts = {
-            stack: 1 + max(s.layer or 0 for s in self.sites if s.stack == stack)
-            for stack in {s.stack for _, s in found if s.stack}
-        }
-        if not counts:
-            raise self.error(term, f"'{term}' asks for layers, but its sites in {self.inventory.model} have none")
-        try:
-            wanted = {stack: set(term.layers.select(count)) for stack, count in counts.items()}
-        except IndexError as error:
-            raise self.error(term, f"'{term}': {error}") from None
-        chosen = [(n, s) for n, s in found if s.stack and s.layer in wanted[s.stack]]
-        if not chosen:
-            total = ", ".join(str(c) for c in sorted(set(counts.values())))
-            raise self.error(term, f"'{term}' selects no layer: {self.inventory.model} has {total}")
-        return chosen
-
-    def nearest(self, term: Term) -> str:
-        """What the model has that is most like a term that matched nothing."""
-        words = {role: sum(role in s.roles for s in self.sites) for s in self.sites for role in s.roles}
-        words.pop("other", None)
-        close = nearest(term.text, words)
-        if close:
-            return "nearest: " + ", ".join(f"{w} ({words[w]})" for w in close)
-        paths = nearest(term.text, {s.path for s in self.sites})
-        if paths:
-            return "nearest: " + ", ".join(paths)
-        listed = sorted(w for w in words if not w.startswith(("enc", "dec")))
-        return "it has: " + ", ".join(listed) if listed else ""
+class _Resolver(Selection):
+    """Places the clauses of one spec."""
 
     def place(self, bound: Bound, trained: set[str], before: list[Placement]) -> list[Placement]:
         """The placements of one clause, checked against the method and the clauses before it."""
         clause, method = bound.clause, bound.method
-        chosen = self.select(bound.sites, bound)
-        if any(t.text == "base" for t in bound.sites.terms if not t.minus) and not method.trains:
-            chosen = [s for s in chosen if s.path not in trained]
+        chosen = self.select(bound.sites, bound.method)
+        if any(t.text == "base" for t in bound.sites.leaves()) and not method.trains:
+            chosen = [s for s in chosen if s.weight not in trained]
         if method.view() in ("train", "storage"):
             chosen = self.whole(clause, method, chosen)
         if method.trains:
             chosen = self.once(chosen, {p.site.path for p in before if p.method.trains})
         placed = []
         for site in chosen:
-            self.check(clause, method, site, [p for p in before if p.site.path == site.path])
+            self.check(clause, method, site, [p for p in before if p.site.weight == site.weight])
             label = clause.label or method.name
-            part = label if site.rows is None else f"{label}_{site.roles[0].rpartition('.')[2]}"
+            part = label if site.place.tensor == "weight" else f"{label}_{site.place.tensor}"
+            part = part if site.rows is None else f"{part}_{site.roles[0].rpartition('.')[2]}"
             used = {p.name for p in (*before, *placed) if p.site.path == site.path}
             name = part if part not in used else next(f"{part}_{i}" for i in range(2, 999) if f"{part}_{i}" not in used)
             placed.append(Placement(site, method, clause, name))
@@ -227,18 +157,18 @@ class _Resolver:
 
     def whole(self, clause: Clause, method: Method, chosen: list[Site]) -> list[Site]:
         """The chosen sites with all parts of a fused weight as that weight, for methods that take nothing less."""
-        wholes = {s.path: s for s in self.sites if s.rows is None}
+        wholes = {s.weight: s for s in self.sites if s.rows is None}
         rows: dict[str, int] = {}
         for site in chosen:
-            rows[site.path] = rows.get(site.path, 0) + site.out_features
+            rows[site.weight] = rows.get(site.weight, 0) + site.out_features
         for site in chosen:
-            if site.rows is not None and rows[site.path] < site.place.shape[0]:
+            if site.rows is not None and rows[site.weight] < site.rows.width:
                 raise self.error(
                     clause,
                     f"{method.name} takes whole weights, {site.name} is a part of one",
-                    f"write {wholes[site.path].roles[0]}",
+                    f"write {wholes[site.weight].roles[0]}",
                 )
-        return list({s.path: wholes.get(s.path, s) for s in chosen}.values())
+        return list({s.weight: wholes.get(s.weight, s) for s in chosen}.values())
 
     def once(self, chosen: list[Site], trained: set[str]) -> list[Site]:
         """The chosen sites without those whose one tensor is trained under another name already."""
@@ -256,7 +186,7 @@ class _Resolver:
         if not (site.dtype.is_floating_point or site.dtype.is_complex):
             kind = str(site.dtype).removeprefix("torch.")
             raise self.error(clause, f"{site.path} has {kind} weights: {method.name} needs floating-point ones")
-        if (reason := method.fits(site)) is not None:
+        if (reason := refusal(method, site)) is not None:
             raise self.error(clause, f"{method.name} does not fit {site.name}: {reason}")
         view = method.view()
         if view in ("storage", "weight") and site.place.tied:
@@ -276,7 +206,7 @@ class _Resolver:
                 )  # fmt: skip
 
     def note_tied(self, clause: Clause) -> None:
-        words = {t.text for t in clause.sites.terms if not t.minus} if clause.sites else set()
+        words = {t.text for t in clause.sites.leaves()} if clause.sites else set()
         if "head" in words:
             return
         for place in self.inventory.places:
@@ -289,18 +219,3 @@ class _Resolver:
                     f"{place.path} is not among {'/'.join(sorted(words & {'linear', 'base'}))}: "
                     f"it shares its weight with {place.tied[0]}; name 'head' to adapt it"
                 )
-
-
-def _named(term: Term, site: Site) -> bool:
-    if term.kind == "role":
-        return term.text in site.roles
-    if term.kind == "glob":
-        return any(fnmatch.fnmatchcase(path, term.text) for path in _upwards(site.path))
-    return any(re.fullmatch(term.text, path) for path in _upwards(site.path))
-
-
-def _upwards(path: str) -> Iterable[str]:
-    """A path and all that contain it: a pattern that names a container names what is in it."""
-    while path:
-        yield path
-        path = path.rpartition(".")[0]

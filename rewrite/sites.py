@@ -1,19 +1,22 @@
-"""Sites: named places in the function.  Which role a place has follows from structure, with names as a tie-break.
+"""Sites: named places in the function.  Which role a place has follows from what the model computes.
 
-A block is an element of a repeated list.  Inside one, what shares a module with query, key and value projections
-is attention; every other projection is feed-forward, told apart by its shape.  `HINTS` is the only table of
-names; an architecture is never mentioned.
+`rewrite.structure` says what a forward does with every weight; this module turns that into the words of a spec
+(docs/sites.md).  Where no forward could be recorded, and for projections that the graph says nothing about, names
+decide: `HINTS` is the only table of names, and an architecture is never mentioned.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from rewrite.codegen.maps import Rows
 from rewrite.inventory import Inventory, Place
+from rewrite.structure.roles import Part, Use
+from rewrite.structure.rows import regular
 
 HINTS: dict[str, re.Pattern[str]] = {
     role: re.compile(rf"(?:^|\.)(?:{names})$", re.IGNORECASE)
@@ -27,10 +30,14 @@ HINTS: dict[str, re.Pattern[str]] = {
         "cross": r"encdecattention|crossattention|cross_attn|encoder_attn|cross_attention|attn2|cross",
         "enc": r"encoder|enc",
         "dec": r"decoder|dec",
+        "text": r"text_model|language_model|text_encoder|text",
+        "vision": r"vision_model|vision_tower|visual|vision_encoder|image_encoder|vision",
+        "audio": r"audio_model|audio_tower|audio_encoder|audio",
     }.items()
 }
-# Fused projections whose output is query, key and value one after the other, each a third.
-THIRDS = re.compile(r"(?:^|\.)(?:c_attn|qkv)$", re.IGNORECASE)
+SIDES = ("enc", "dec", "text", "vision", "audio")
+
+Found = tuple[tuple[str, ...], Rows | None]
 
 
 @dataclass(frozen=True)
@@ -43,9 +50,10 @@ class Site:
 
     place: Place
     roles: tuple[str, ...]
-    rows: tuple[int, int] | None = None
+    rows: Rows | None = None
     stack: str | None = None
     layer: int | None = None
+    shared: bool = False  # one adapter for all places that share its weight
 
     @property
     def path(self) -> str:
@@ -60,46 +68,99 @@ class Site:
         return self.place.dtype
 
     @property
+    def leading(self) -> tuple[int, ...]:
+        """Sizes of the stack of matrices that its weight is: (experts,), or () for a single one."""
+        return self.place.matrix[:-2]
+
+    @property
     def in_features(self) -> int:
-        return self.place.shape[min(1, len(self.place.shape) - 1)]
+        return (1, *self.place.matrix)[-1]
 
     @property
     def out_features(self) -> int:
-        return self.place.shape[0] if self.rows is None else self.rows[1] - self.rows[0]
+        return len(self.rows) if self.rows is not None else (*self.place.matrix[-2:], 1)[0]
+
+    @property
+    def outputs(self) -> int:
+        """Channels of the layer's output that belong to the site: the length of a bias."""
+        return self.place.map.outputs(self.out_features)
+
+    @property
+    def weight(self) -> str:
+        """Its weight by name, without a final `.weight`: `h.0.attn.c_attn`, `layers.0.mlp.experts.down_proj`."""
+        return self.path if self.place.tensor == "weight" else f"{self.path}.{self.place.tensor}".lstrip(".")
 
     @property
     def name(self) -> str:
-        """Path with the part of it, where the site is a part: `h.0.attn.c_attn[q]`."""
-        return self.path if self.rows is None else f"{self.path}[{self.roles[0].rpartition('.')[2]}]"
+        """Its weight with the part of it, where the site is a part: `h.0.attn.c_attn[q]`."""
+        return self.weight if self.rows is None else f"{self.weight}[{self.roles[0].rpartition('.')[2]}]"
 
 
-def find(inventory: Inventory) -> list[Site]:
-    """Every site of a model, in the model's order."""
+@dataclass
+class Sites:
+    """Every site of a model, in the model's order, and what a reader should know about how they were found."""
+
+    sites: list[Site]
+    notes: list[str] = field(default_factory=list)
+
+
+def find(inventory: Inventory) -> Sites:
+    """The sites of a model."""
     finder = _Finder(inventory)
-    return [site for place in inventory.places for site in finder.sites(place)]
+    found = [site for place in inventory.places for site in finder.sites(place)]
+    return Sites(found, finder.notes())
 
 
 class _Finder:
     def __init__(self, inventory: Inventory) -> None:
         self.inventory = inventory
+        self.seen = inventory.structure
+        self.stacks = _stacks(inventory)
         self.linears = [p for p in inventory.places if p.kind == "linear" and p.called]
-        self.attention = {_parent(p.path) for p in self.linears if self.where(p.path)[0] and _hint(p.path, "q", "qkv")}
+        self.named = {_parent(p.path) for p in self.linears if self.where(p.path)[0] and _hint(p.path, "q", "qkv")}
+        self.routed = {self.block(path) for path, use in self.uses("router") if self.block(path)}
+        self.disagreements: list[str] = []
+
+    def uses(self, role: str) -> Iterator[tuple[str, Use]]:
+        for name, use in self.seen.uses.items() if self.seen else ():
+            if any(part.role == role for part in use.parts):
+                yield name, use
+
+    def notes(self) -> list[str]:
+        found = []
+        if self.inventory.untraced:
+            found.append(
+                f"roles go by names and shapes: no forward of this {self.inventory.model} could be recorded "
+                f"({self.inventory.untraced}); pass a batch, inputs={{...}}"
+            )
+        for text in self.disagreements[:3]:
+            found.append(text)
+        if len(self.disagreements) > 3:
+            found.append(f"... and {len(self.disagreements) - 3} more names that the graph disagrees with")
+        return found
+
+    # --- where a place is ---
 
     def where(self, path: str) -> tuple[str | None, int | None, str]:
-        """(list of blocks, number in it, path inside the block) of a module."""
-        for stack in self.inventory.blocks:
-            if path.startswith(f"{stack}."):
-                number, _, inside = path[len(stack) + 1 :].partition(".")
-                if number.isdigit():
-                    return stack, int(number), inside
+        """(stack, layer, path inside the block) of a module."""
+        for block, (stack, number) in self.stacks.get(_list_of(path, self.inventory.blocks), {}).items():
+            if path == block or path.startswith(f"{block}."):
+                return stack, number, path[len(block) + 1 :]
         return None, None, path
+
+    def block(self, path: str) -> str:
+        """Path of the block that a module is in, '' for none."""
+        inside = self.where(path)[2]
+        return path[: -len(inside) - 1] if inside != path and inside else ("" if inside == path else path)
+
+    # --- roles ---
 
     def sites(self, place: Place) -> Iterator[Site]:
         stack, layer, _ = self.where(place.path)
         for roles, rows in self.roles(place):
             yield Site(place, (*roles, *_in_stack(roles, place.path, stack)), rows, stack, layer)
 
-    def roles(self, place: Place) -> Iterator[tuple[tuple[str, ...], tuple[int, int] | None]]:
+    def roles(self, place: Place) -> Iterator[Found]:
         """(roles, rows) of each site at a place."""
         if place.kind == "norm":
             yield ("norm",), None
@@ -107,64 +168,123 @@ class _Finder:
             yield (("embed",) if self.where(place.path)[0] is None else ("other",)), None
         elif place.kind == "conv":
             yield ("conv",), None
-        elif place.kind != "linear" or not place.called:
-            yield ("other",), None
-        elif self.is_head(place):
+        elif place.kind == "linear" and self.is_head(place):
             # A tied head is the embedding's matrix: `linear` and `base` leave it alone.
             yield (("head",) if place.tied else ("head", "linear")), None
+        elif place.kind in ("linear", "expert"):
+            use = self.seen.uses.get(f"{place.path}.{place.tensor}".lstrip(".")) if self.seen else None
+            yield from self.by_graph(place, use) if use is not None else self.by_name(place)
         else:
-            yield from self.projection(place)
+            yield ("other",), None
 
     def is_head(self, place: Place) -> bool:
-        if self.inventory.head is not None and place.path == self.inventory.head:
-            return True
-        return self.where(place.path)[0] is None and bool(_hint(place.path, "head"))
+        if self.inventory.head is not None:
+            return place.path == self.inventory.head
+        if self.where(place.path)[0] is not None:
+            return False
+        heads = {name for name, _ in self.uses("head")}
+        return f"{place.path}.{place.tensor}" in heads or bool(_hint(place.path, "head"))
 
-    def projection(self, place: Place) -> Iterator[tuple[tuple[str, ...], tuple[int, int] | None]]:
-        stack, layer, _ = self.where(place.path)
-        general = ("linear", "base")
-        if stack is None:
+    def by_graph(self, place: Place, use: Use) -> Iterator[Found]:
+        """Roles of a projection that was seen at work."""
+        general = ("linear", "base") if place.kind == "linear" else ("base",)
+        parts = [
+            p for p in use.parts if p.role != "head" and (self.where(place.path)[0] or not p.role.startswith("ffn"))
+        ]
+        if any(p.role == "router" for p in parts):
+            yield ("router",), None
+            return
+        self.compare(place, parts)
+        sliced = [(p, self.rows(p, place)) for p in parts]
+        whole = [p for p, rows in sliced if rows is None]
+        slices = [(p, rows) for p, rows in sliced if rows is not None]
+        if slices:
+            fused = ("ffn.gate_up",) if all(p.role.startswith("ffn") for p, _ in slices) else ("attn.qkv",)
+            cross = ("cross.qkv",) if all(p.cross for p, _ in slices) else ()
+            yield (*cross, *fused, *general), None
+        elif whole:
+            words = dict.fromkeys(w for p in whole for w in self.words(place, p))
+            yield (*words, *general), None
+        else:
+            yield (*self.around(place), *general), None
+        for part, rows in slices:
+            yield self.words(place, part), rows
+
+    def words(self, place: Place, part: Part) -> tuple[str, ...]:
+        """The words for one role, narrowest first."""
+        group, _, leaf = part.role.partition(".")
+        if group == "attn":
+            return (f"cross.{leaf}", f"attn.{leaf}", "cross", "attn") if part.cross else (part.role, "attn")
+        expert = place.kind == "expert" or self.is_expert(place.path)
+        return (f"ffn.experts.{leaf}", part.role, "ffn.experts", "ffn") if expert else (part.role, "ffn")
+
+    def rows(self, part: Part, place: Place) -> Rows | None:
+        if part.entries is None:
+            return None
+        return regular(part.entries, place.matrix[-2])
+
+    def around(self, place: Place) -> tuple[str, ...]:
+        """Words for a projection without a role of its own: those of the mixer that it stands in."""
+        assert self.seen is not None
+        owner = next((p for p in _upwards(place.path) if p in self.seen.attention), None)
+        if owner is not None and self.block(owner) != owner:
+            return ("cross", "attn") if self.seen.attention[owner] else ("attn",)
+        block = self.block(place.path)
+        inside = [p for p in _upwards(place.path) if block and p.startswith(f"{block}.")]
+        if not any(p in self.seen.mixers for p in inside):
+            return ()
+        part = _hint(place.path, "q", "k", "v")
+        return (f"attn.{part}", "attn", "mixer") if part else ("mixer",)
+
+    def is_expert(self, path: str) -> bool:
+        """Whether a module stands in a list of alike ones, inside a block that routes."""
+        block = self.block(path)
+        inside = [p for p in _upwards(path) if p.startswith(f"{block}.")]
+        return block in self.routed and any(_parent(p) in self.inventory.lists for p in inside)
+
+    def compare(self, place: Place, parts: list[Part]) -> None:
+        """Note where a name says another role than the graph, which wins."""
+        said, found = _hint(place.path, "q", "k", "v"), [p.role for p in parts if p.role.startswith("attn.")]
+        if said and found and f"attn.{said}" not in found:
+            self.disagreements.append(f"{place.path} is {' and '.join(found)} in the graph, whatever its name says")
+
+    # --- names, where there is no graph ---
+
+    def by_name(self, place: Place) -> Iterator[Found]:
+        stack = self.where(place.path)[0]
+        general = ("linear", "base") if place.kind == "linear" else ("base",)
+        if not place.called and place.kind == "linear":
+            yield ("other",), None
+            return
+        block = self.block(place.path)
+        if stack is None or place.kind == "expert":
             yield general, None
             return
-        scope = self.attention_scope(place.path, f"{stack}.{layer}")
+        scope = self.attention_scope(place.path, block)
         if scope is None:
-            yield (f"ffn.{self.feed_forward(place, f'{stack}.{layer}')}", "ffn", *general), None
+            yield (f"ffn.{self.feed_forward(place, block)}", "ffn", *general), None
             return
         part = _hint(place.path, "q", "k", "v", "qkv") or "o"
-        cross = ("cross." + part, "cross") if self.is_cross(scope, f"{stack}.{layer}") else ()
+        cross = self.is_cross(scope, block)
         if part == "qkv":
-            yield (*cross[:1], "attn.qkv", *general), None
-            yield from self.thirds(place, bool(cross))
+            yield (*(("cross.qkv",) if cross else ()), "attn.qkv", *general), None
         else:
-            yield (*cross[:1], f"attn.{part}", *cross[1:], "attn", *general), None
-
-    def thirds(self, place: Place, cross: bool) -> Iterator[tuple[tuple[str, ...], tuple[int, int]]]:
-        size = place.shape[0] // 3
-        if not THIRDS.search(place.path) or place.shape[0] != 3 * place.shape[1]:
-            return  # another layout: only the whole projection is a site
-        for i, part in enumerate("qkv"):
-            extra = (f"cross.{part}", "cross") if cross else ()
-            yield (f"attn.{part}", "attn", *extra), (i * size, (i + 1) * size)
+            yield (*self.words(place, Part(f"attn.{part}", cross=cross)), *general), None
 
     def attention_scope(self, path: str, block: str) -> str | None:
         """The attention module, inside its block, that a projection belongs to."""
         scope = _parent(path)
         while scope.startswith(f"{block}."):
-            inside = [a for a in self.attention if a == scope or a.startswith(f"{scope}.")]
+            inside = [a for a in self.named if a == scope or a.startswith(f"{scope}.")]
             if inside:
                 return inside[0]
             if _parent(scope) in self.inventory.lists:  # an element of a list does not speak for the others
                 return None
             scope = _parent(scope)
-        return block if block in self.attention and path in self._direct_attention(block) else None
-
-    def _direct_attention(self, block: str) -> set[str]:
-        """Projections of a block that holds query, key and value itself, without an attention module."""
-        return {p.path for p in self.linears if _parent(p.path) == block and _hint(p.path, "q", "k", "v", "qkv")}
+        return block if block in self.named and _parent(path) == block and _hint(path, "q", "k", "v", "qkv") else None
 
     def is_cross(self, scope: str, block: str) -> bool:
-        inside = scope.removeprefix(block)
-        return any(HINTS["cross"].search(part) for part in inside.split(".") if part)
+        return any(HINTS["cross"].search(part) for part in scope.removeprefix(block).split(".") if part)
 
     def feed_forward(self, place: Place, block: str) -> str:
         """up, gate or down: by the shape, and for a square projection by whether it is the block's last."""
@@ -177,16 +297,48 @@ class _Finder:
         return "down" if rows == columns and place.path == last else "up"
 
 
+def _stacks(inventory: Inventory) -> dict[str, dict[str, tuple[str, int]]]:
+    """List of blocks -> block -> (stack, layer); lists inside one outer list are one stack, counted through."""
+    outer = [p for p in inventory.lists if not any(p.startswith(f"{q}.") for q in inventory.lists)]
+    found: dict[str, dict[str, tuple[str, int]]] = {}
+    counts: dict[str, int] = {}
+    for path in inventory.blocks:
+        nested = next((o for o in outer if path.startswith(f"{o}.")), None)
+        stack = nested if nested and sum(b.startswith(f"{nested}.") for b in inventory.blocks) > 1 else path
+        numbers = sorted({int(n) for p in inventory.places if (n := _number(p.path, path)) is not None})
+        for number in numbers:
+            at = counts.setdefault(stack, 0) if stack != path else number
+            counts[stack] = counts.get(stack, 0) + 1
+            found.setdefault(path, {})[f"{path}.{number}"] = (stack, at)
+    return found
+
+
+def _number(path: str, stack: str) -> str | None:
+    head = path[len(stack) + 1 :].partition(".")[0] if path.startswith(f"{stack}.") else ""
+    return head if head.isdigit() else None
+
+
+def _list_of(path: str, blocks: Iterable[str]) -> str:
+    return next((b for b in blocks if path.startswith(f"{b}.")), "")
+
+
 def _in_stack(roles: Iterable[str], path: str, stack: str | None) -> list[str]:
-    """The same roles inside the encoder or the decoder, for models that have them."""
+    """The same roles inside the encoder or the decoder, or one tower, for models that have them."""
     parts = (stack or path).split(".")
-    side = next((s for s in ("enc", "dec") if any(HINTS[s].search(part) for part in parts)), None)
-    return [f"{side}.{role}" for role in roles] + [side] if side else []
+    sides = [s for s in SIDES if any(HINTS[s].search(part) for part in parts)]
+    return [f"{side}.{role}" for side in sides for role in roles] + sides
 
 
 def _hint(path: str, *roles: str) -> str | None:
-    return next((role for role in roles if HINTS[role].search(path)), None)
+    return next((role for role in roles if role in HINTS and HINTS[role].search(path)), None)
 
 
 def _parent(path: str) -> str:
     return path.rpartition(".")[0]
+
+
+def _upwards(path: str) -> Iterator[str]:
+    """A path and all modules that contain it."""
+    while path:
+        yield path
+        path = _parent(path)

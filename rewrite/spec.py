@@ -3,22 +3,29 @@
 Every node is frozen and remembers which characters of the source it came from; spans and the source take no
 part in equality, so `parse(str(spec)) == spec`.  This module does not read text (`rewrite.parser`), knows no
 method (`rewrite.bind`) and no model.
+
+What is parsed holds aliases (`Spec.lets`, terms of kind `alias`); binding replaces them by what they stand for,
+and only then there are terms of kind `group`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, TypeAlias
 
 ROLES = (
-    *("linear", "conv", "norm", "embed", "head", "base", "block", "blocks", "router"),
+    *("linear", "conv", "norm", "embed", "head", "base", "block", "blocks", "router", "mixer"),
     *("attn", "attn.q", "attn.k", "attn.v", "attn.o", "attn.qkv"),
-    *("cross", "cross.q", "cross.k", "cross.v", "cross.o"),
-    *("ffn", "ffn.up", "ffn.gate", "ffn.down"),
+    *("cross", "cross.q", "cross.k", "cross.v", "cross.o", "cross.qkv"),
+    *("ffn", "ffn.up", "ffn.gate", "ffn.down", "ffn.gate_up"),
+    *("ffn.experts", "ffn.experts.up", "ffn.experts.gate", "ffn.experts.down"),
 )
-STACKS = ("enc", "dec")
+STACKS = ("enc", "dec", "text", "vision", "audio")
+# Models call many things a mixer, so a spec may say which of them it means.
+OPEN_ROLES = ("mixer",)
+LET = "let"
 CONSTANTS = {"true": True, "True": True, "false": False, "False": False, "none": None, "None": None}
 ESCAPES = {"\\": "\\", '"': '"', "'": "'", "n": "\n", "t": "\t"}
 
@@ -26,9 +33,9 @@ _PLAIN_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def known_role(word: str) -> bool:
-    """Whether `word` belongs to the site vocabulary, alone or inside one stack of an encoder-decoder model.
+    """Whether `word` belongs to the site vocabulary, alone or inside one stack of a model that has several.
 
-    >>> known_role("attn.q"), known_role("enc.attn.q"), known_role("q")
+    >>> known_role("attn.q"), known_role("vision.attn.q"), known_role("q")
     (True, True, False)
     """
     stack, _, rest = word.partition(".")
@@ -48,6 +55,16 @@ def inherit(before: str, word: str) -> str:
     if not dot or "." in word or (known_role(word) and not known_role(full)):
         return word
     return full
+
+
+def role_of(name: str) -> str | None:
+    """The role that is called `name` or ends in it, which an alias of that name would hide.
+
+    >>> role_of("attn"), role_of("q"), role_of("experts"), role_of("mixer"), role_of("towers")
+    ('attn', 'attn.q', 'ffn.experts', None, None)
+    """
+    words = () if name in OPEN_ROLES else (*STACKS, *ROLES)
+    return next((word for word in words if word.rpartition(".")[2] == name), None)
 
 
 class Span(NamedTuple):
@@ -204,27 +221,43 @@ class Layers:
 
 @dataclass(frozen=True)
 class Term:
-    """One site: a role word, a glob or a regex, with its layers; `minus` removes it from the terms before."""
+    """One site: a role word, a glob or a regex, with its layers; `minus` removes it from the terms before.
 
-    kind: Literal["role", "glob", "regex"]
+    An `alias` is a word that a `let` defines.  A `group` selects what `group` selects, whatever stands before
+    it: what binding makes of an alias with a minus of its own.
+    """
+
+    kind: Literal["role", "glob", "regex", "alias", "group"]
     text: str
     layers: Layers | None = None
     minus: bool = False
     span: Span = field(default=NOWHERE, compare=False)
+    group: Selector | None = None
 
     def __str__(self) -> str:
         return self.written("")
 
-    def written(self, before: str) -> str:
+    def written(self, before: str, aliases: Collection[str] = ()) -> str:
         """The term without its minus, as short as it may be right after the site word `before`."""
         layers = "" if self.layers is None else str(self.layers)
         if self.kind == "glob":
             return quoted(self.text) + layers
         if self.kind == "regex":
             return "/" + self.text.replace("/", "\\/") + "/" + layers
+        if self.kind == "alias":
+            return self.text + layers
+        if self.kind == "group":
+            return f"({self.group})"
         short = self.text.rpartition(".")[2]
-        plain = _PLAIN_WORD.fullmatch(short) is not None and short not in CONSTANTS
+        plain = _PLAIN_WORD.fullmatch(short) is not None and short not in CONSTANTS and short not in aliases
         return (short if plain and inherit(before, short) == self.text else self.text) + layers
+
+    def moved(self, span: Span, layers: Layers | None = None) -> Term:
+        """The same term, written at `span`; `layers` narrows what it adds, which may not be narrowed yet."""
+        narrow = None if self.minus else layers
+        group = self.group and self.group.moved(span, narrow)
+        own = self.layers if group or self.layers else narrow
+        return replace(self, layers=own and replace(own, span=span), span=span, group=group)
 
 
 @dataclass(frozen=True)
@@ -234,17 +267,54 @@ class Selector:
     terms: tuple[Term, ...]
     span: Span = field(default=NOWHERE, compare=False)
 
-    def written(self, comma: str) -> str:
+    def written(self, comma: str, aliases: Collection[str] = ()) -> str:
         """The terms with `comma` between them, `attn.q,v` for `attn.q,attn.v`."""
         text, before = "", ""
         for number, term in enumerate(self.terms):
             joint = "-" if term.minus else comma if number else ""
-            text += joint + term.written(before)
+            text += joint + term.written(before, aliases)
             before = term.text if term.kind == "role" else ""
         return text
 
     def __str__(self) -> str:
         return self.written(",")
+
+    def moved(self, span: Span, layers: Layers | None = None) -> Selector:
+        """The same sites in these `layers`, written at `span`: what an error about any of them points at."""
+        return Selector(tuple(term.moved(span, layers) for term in self.terms), span)
+
+    def leaves(self, minus: bool = False) -> Iterator[Term]:
+        """The terms that add sites, those of groups among them; with `minus` also those that remove some.
+
+        >>> inner = Selector((Term("role", "linear"), Term("role", "head", minus=True)))
+        >>> sites = Selector((Term("role", "norm"), Term("group", "most", group=inner)))
+        >>> [term.text for term in sites.leaves()], [term.text for term in sites.leaves(minus=True)]
+        (['norm', 'linear'], ['norm', 'linear', 'head'])
+        """
+        for term in self.terms:
+            if minus or not term.minus:
+                yield from term.group.leaves(minus) if term.group else (term,)
+
+
+@dataclass(frozen=True)
+class Let:
+    """An alias: a name for sites, which the clauses and the aliases after it may use as a site.
+
+    >>> print(Let("towers", Selector((Term("role", "vision"), Term("role", "text")))))
+    let towers = vision,text;
+    """
+
+    name: str
+    sites: Selector
+    span: Span = field(default=NOWHERE, compare=False)
+    name_span: Span = field(default=NOWHERE, compare=False)
+
+    def __str__(self) -> str:
+        return self.written(())
+
+    def written(self, aliases: Collection[str]) -> str:
+        """The definition, in a spec that defines all these `aliases`."""
+        return f"{LET} {self.name} = {self.sites.written(',', aliases)};"
 
 
 @dataclass(frozen=True)
@@ -259,24 +329,37 @@ class Clause:
     span: Span = field(default=NOWHERE, compare=False)
 
     def __str__(self) -> str:
+        return self.written(())
+
+    def written(self, aliases: Collection[str]) -> str:
+        """The clause, in a spec that defines all these `aliases`."""
         inside = [str(value) for value in self.call.args]
-        if self.sites is not None and self.positional:
-            inside.append(self.sites.written(", "))
+        sites = "" if self.sites is None else self.sites.written(", " if self.positional else ",", aliases)
+        if sites and self.positional:
+            inside.append(sites)
         inside += map(str, self.call.kwargs)
         head = (f"{self.label}: " if self.label is not None else "") + ("~" if self.approximate else "")
-        tail = f"@{self.sites}" if self.sites is not None and not self.positional else ""
+        tail = f"@{sites}" if sites and not self.positional else ""
         return f"{head}{self.call.name}{'(' + ', '.join(inside) + ')' if inside else ''}{tail}"
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A parsed spec: its clauses in the order written, and the text they came from."""
+    """A parsed spec: its clauses in the order written, the text they came from, and the aliases before them."""
 
     clauses: tuple[Clause, ...]
     source: str = field(default="", compare=False)
+    lets: tuple[Let, ...] = ()
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """The names that it defines."""
+        return tuple(let.name for let in self.lets)
 
     def __str__(self) -> str:
-        return " + ".join(map(str, self.clauses))
+        aliases = frozenset(self.aliases)
+        lets = "".join(f"{let.written(aliases)} " for let in self.lets)
+        return lets + " + ".join(clause.written(aliases) for clause in self.clauses)
 
     def __iter__(self) -> Iterator[Clause]:
         return iter(self.clauses)

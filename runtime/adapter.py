@@ -52,6 +52,8 @@ class Reparametrisation(Adapter):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         assert self.op is not None
+        if not torch.compiler.is_compiling():
+            fallback.ran_eagerly()
         return self.op(weight, *self.tensors().values())
 
     def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
@@ -67,13 +69,12 @@ class Stored(nn.Module):
 
     def forward(self, *stored: torch.Tensor) -> torch.Tensor:
         assert self.op is not None
-        weight = self.op(*stored)
-        weight = weight.t() if self.graft.transposed else weight
+        weight = self.graft.map.stored(self.op(*stored), self.graft.shape)
         return weight if weight.dtype == self.dtype else weight.to(self.dtype)
 
     def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         assert self.graft.encode is not None
-        return self.graft.encode(weight.t().contiguous() if self.graft.transposed else weight)
+        return self.graft.encode(self.graft.map.matrix(weight).contiguous())
 
     def _apply(self, fn: Any, recurse: bool = True) -> Stored:
         # `model.to(dtype)` decides what the weight decodes to; the stored tensors keep their bits (`keep_bits`).
@@ -96,21 +97,24 @@ def keep_bits(stored: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
     return type(stored)._apply(stored, move, recurse=False)
 
 
-def load_stored(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """`load_state_dict` pre-hook: a dense weight, or a foreign checkpoint of the same format, becomes stored."""
+def load_dense(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """`load_state_dict` pre-hook: a dense weight, or a foreign checkpoint of the same format, goes where ours is."""
     held: Any = module._modules["parametrizations"]
     for tensor, parametrisations in held.items():
-        name = f"{prefix}{tensor}"
-        stored = parametrisations[0]
-        if not isinstance(stored, Stored) or name not in state:
+        name, inner = f"{prefix}{tensor}", f"{prefix}parametrizations.{tensor}.original"
+        first = parametrisations[0]
+        if name not in state or not isinstance(first, (Stored, Adapter)):
             continue
-        values = stored.graft.read(state, name) if stored.graft.read else None
+        if isinstance(first, Adapter):
+            state[inner] = state.pop(name)
+            continue
+        values = first.graft.read(state, name) if first.graft.read else None
         if values is None:
-            values = stored.right_inverse(state[name])
+            values = first.right_inverse(state[name])
         for key in [k for k in state if k == name or k.startswith(f"{name}.")]:
             del state[key]
         for number, value in enumerate(values):
-            state[f"{prefix}parametrizations.{tensor}.original{number}"] = value
+            state[f"{inner}{number}"] = value
 
 
 def call_adapters(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

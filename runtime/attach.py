@@ -27,7 +27,7 @@ from rewrite.runtime.adapter import (
     Stored,
     call_adapters,
     keep_bits,
-    load_stored,
+    load_dense,
 )
 from rewrite.runtime.fallback import Calls
 from rewrite.runtime.graft import Graft
@@ -85,9 +85,12 @@ def attach(
     model.__dict__[_STATE] = state
     try:
         model.requires_grad_(False)
-        # Storage goes last: initialisers want the weight as it was.
-        for graft in tqdm(sorted(grafts, key=_order), desc="attach", delay=2, leave=False):
-            _ATTACH[graft.where](model, model.get_submodule(graft.path), graft, values, state)
+        # Initialisers want the weights as they were.
+        ordered = tqdm(sorted(grafts, key=_order), desc="attach", delay=2, leave=False)
+        made = {id(graft): _filled(model, graft, values) for graft in ordered if graft.where in _ADAPTERS}
+        # A parametrisation of a stored weight stands behind the one that decodes it.
+        for graft in sorted(grafts, key=lambda g: g.where == "weight"):
+            _ATTACH[graft.where](model, graft, made.get(id(graft)), values, state)
         huggingface.adopt(model)
     except BaseException:
         remove(model)
@@ -95,12 +98,36 @@ def attach(
     return model
 
 
+_ADAPTERS: dict[str, type[Adapter]] = {"output": Branch, "weight": Reparametrisation}
+
+
 def _order(graft: Graft) -> int:
     return ("output", "weight", "train", "storage").index(graft.where)
 
 
-def _attach_output(model, module: nn.Module, graft: Graft, values, state: Attachment) -> None:
-    adapter = _filled(Branch, module, graft, values)
+def _filled(model: nn.Module, graft: Graft, values: Mapping[str, Tensor] | None) -> Adapter:
+    """A new adapter on the module's device with its initial values, or those of a checkpoint."""
+    module = model.get_submodule(graft.path)
+    weight = getattr(module, graft.tensor)
+    adapter = _ADAPTERS[graft.where](graft, weight.device)
+    adapter.train(module.training)
+    if weight.device.type == "meta":
+        return adapter
+    prefix = f"{graft.path}.{ADAPTERS}.{graft.name}."
+    with torch.no_grad():
+        if values is not None:
+            start = {slot: values[prefix + slot] for slot in graft.slots}
+        elif graft.initialise is not None:
+            start = graft.initialise(graft.view(weight.detach()))
+        else:
+            start = {}
+        for slot, value in start.items():
+            getattr(adapter, slot).copy_(value)
+    return adapter
+
+
+def _attach_output(model: nn.Module, graft: Graft, adapter, values, state: Attachment) -> None:
+    module = model.get_submodule(graft.path)
     if not isinstance(module._modules.get(ADAPTERS), Adapters):
         if hasattr(module, ADAPTERS):
             raise RewriteError(f"{graft.path} has an attribute {ADAPTERS!r} of its own: cannot attach there")
@@ -110,22 +137,38 @@ def _attach_output(model, module: nn.Module, graft: Graft, values, state: Attach
     adapters[graft.name] = adapter
 
 
-def _attach_weight(model, module: nn.Module, graft: Graft, values, state: Attachment) -> None:
-    _keep(module, graft, state)
-    adapter = _filled(Reparametrisation, module, graft, values)
-    parametrize.register_parametrization(module, graft.tensor, adapter, unsafe=True)
+def _attach_weight(model: nn.Module, graft: Graft, adapter, values, state: Attachment) -> None:
+    shared = {id(original(model.get_submodule(path), graft.tensor)) for path in graft.places}
+    if len(shared) > 1:
+        raise RewriteError(
+            f"{', '.join(graft.places)} do not share {graft.tensor}: {graft.label} cannot be one for all"
+        )
+    for path in graft.places:
+        module = _parametrised(model, path, state)
+        parametrize.register_parametrization(module, graft.tensor, adapter, unsafe=True)
 
 
-def _attach_storage(model, module: nn.Module, graft: Graft, values, state: Attachment) -> None:
-    _keep(module, graft, state)
-    stored = Stored(graft, module.get_parameter(graft.tensor).dtype)
-    parametrize.register_parametrization(module, graft.tensor, stored, unsafe=True)
+def _attach_storage(model: nn.Module, graft: Graft, adapter, values, state: Attachment) -> None:
+    module = _parametrised(model, graft.path, state)
+    weight = module.get_parameter(graft.tensor)
+    if weight.device.type != "meta":
+        state.originals.keep(f"{graft.path}.{graft.tensor}", weight)
+    parametrize.register_parametrization(module, graft.tensor, Stored(graft, weight.dtype), unsafe=True)
     held: Any = module._modules["parametrizations"]
     held[graft.tensor].__dict__["_apply"] = types.MethodType(keep_bits, held[graft.tensor])
-    module.register_load_state_dict_pre_hook(load_stored)
 
 
-def _attach_train(model, module: nn.Module, graft: Graft, values, state: Attachment) -> None:
+def _parametrised(model: nn.Module, path: str, state: Attachment) -> nn.Module:
+    """The module at a path, ready to be parametrised: its order of parameters noted, dense weights loadable."""
+    module = model.get_submodule(path)
+    if path not in state.order:
+        state.order[path] = tuple(module._parameters)
+        module.register_load_state_dict_pre_hook(load_dense)
+    return module
+
+
+def _attach_train(model: nn.Module, graft: Graft, adapter, values, state: Attachment) -> None:
+    module = model.get_submodule(graft.path)
     for name in graft.slots:
         parameter = module.get_parameter(name)
         state.originals.keep(f"{graft.path}.{name}", parameter)
@@ -144,32 +187,12 @@ _ATTACH: dict[str, Callable[..., None]] = {
 }
 
 
-def _keep(module: nn.Module, graft: Graft, state: Attachment) -> None:
-    key = f"{graft.path}.{graft.tensor}"
-    weight = getattr(module, graft.tensor)
-    state.order.setdefault(graft.path, tuple(module._parameters))
-    if key not in state.originals and weight.device.type != "meta":
-        state.originals.keep(key, weight)
-
-
-def _filled(kind: type[Adapter], module: nn.Module, graft: Graft, values: Mapping[str, Tensor] | None) -> Any:
-    """A new adapter on the module's device with its initial values, or those of a checkpoint."""
-    weight = getattr(module, graft.tensor)
-    adapter = kind(graft, weight.device)
-    adapter.train(module.training)
-    if weight.device.type == "meta":
-        return adapter
-    prefix = f"{graft.path}.{ADAPTERS}.{graft.name}."
-    with torch.no_grad():
-        if values is not None:
-            start = {slot: values[prefix + slot] for slot in graft.slots}
-        elif graft.initialise is not None:
-            start = graft.initialise(graft.view(weight.detach()))
-        else:
-            start = {}
-        for slot, value in start.items():
-            getattr(adapter, slot).copy_(value)
-    return adapter
+def original(module: nn.Module, tensor: str) -> nn.Parameter | None:
+    """The parameter behind a tensor that `weight` grafts may reparameterise; None where it is stored otherwise."""
+    if (own := module._parameters.get(tensor)) is not None:
+        return own
+    held: Any = module._modules.get("parametrizations")
+    return held[tensor]._parameters.get("original") if held is not None and tensor in held else None
 
 
 def _key(path: str, name: str) -> str:
@@ -213,29 +236,35 @@ def remove(model: nn.Module) -> nn.Module:
     """Take everything of ours off `model`, in place: base tensors and `requires_grad` as they were, bit for bit."""
     state = require(model)
     for graft in state.grafts:
-        _restore(model.get_submodule(graft.path), graft, state)
+        for path in graft.places:
+            _restore(model.get_submodule(path), path, graft, state)
     return strip(model)
 
 
-def _restore(module: nn.Module, graft: Graft, state: Attachment) -> None:
-    if graft.where in ("weight", "storage") and parametrize.is_parametrized(module, graft.tensor):
-        key = f"{graft.path}.{graft.tensor}"
-        now = getattr(module, graft.tensor)  # `model.to(...)` may have moved or cast the model since
-        if key not in state.originals:
-            raise RewriteError(f"the original of {key} was not kept: it was on the meta device when it was attached")
-        put_back(module, graft.tensor, state.originals.restore(key).to(now.device, now.dtype), state.order[graft.path])
+def _restore(module: nn.Module, path: str, graft: Graft, state: Attachment) -> None:
+    ours = graft.where in ("weight", "storage") and path in state.order  # not those of an attach that failed
+    if ours and parametrize.is_parametrized(module, graft.tensor):
+        value = original(module, graft.tensor)  # it is frozen: as it was, and the same object for all that share it
+        if value is None:
+            key, now = f"{path}.{graft.tensor}", getattr(module, graft.tensor)
+            if key not in state.originals:
+                raise RewriteError(f"the original of {key} was not kept: it was on the meta device when attached")
+            # `model.to(...)` may have moved or cast the model since
+            value = nn.Parameter(state.originals.restore(key).to(now.device, now.dtype), requires_grad=False)
+        put_back(module, graft.tensor, value, state.order[path])
     for name in graft.slots if graft.where == "train" else ():
         if (key := f"{graft.path}.{name}") in state.originals:
             with torch.no_grad():
                 module.get_parameter(name).copy_(state.originals.restore(key))
 
 
-def put_back(module: nn.Module, name: str, value: Tensor, order: Sequence[str]) -> None:
+def put_back(module: nn.Module, name: str, value: nn.Parameter, order: Sequence[str]) -> None:
     """Replace the parametrised `name` by the parameter `value`, in its place: optimizers and files go by the order."""
     shared = type(module)  # by the copies of a model; removing takes the tensor off the class
     module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))  # type: ignore[assignment]
-    parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-    setattr(module, name, nn.Parameter(value, requires_grad=False))
+    parametrised: Any = module._modules["parametrizations"]
+    parametrised[name] = parametrize.ParametrizationList([nn.Identity()], value, unsafe=True)  # nothing to evaluate
+    parametrize.remove_parametrizations(module, name, leave_parametrized=False)
     held = module._parameters
     for key in (*order, *[k for k in held if k not in order]):
         if key in held:
@@ -252,7 +281,7 @@ def strip(model: nn.Module) -> nn.Module:
             del module._forward_hooks[key]
             module._forward_hooks_with_kwargs.pop(key, None)
     for module in model.modules():
-        for key in [k for k, h in module._load_state_dict_pre_hooks.items() if getattr(h, "hook", None) is load_stored]:
+        for key in [k for k, h in module._load_state_dict_pre_hooks.items() if getattr(h, "hook", None) is load_dense]:
             del module._load_state_dict_pre_hooks[key]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(state.requires_grad.get(name, False))

@@ -6,15 +6,16 @@ Nothing can fall back past an exported graph, so a planned site that no edit rea
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputSpec, TensorArgument
 
 from rewrite.codegen.typed import typed_op
 from rewrite.errors import RewriteError
@@ -33,8 +34,16 @@ def apply_grafts(program: ExportedProgram, grafts: Sequence[Graft]) -> ExportedP
     Raises `RewriteError` where a graft finds no node to take hold of.
     """
     editor = _Editor(program)
-    for graft in sorted(grafts, key=lambda g: g.where == "storage"):
+    first = [g for g in grafts if g.where == "output"]
+    for graft in (*first, *(g for g in grafts if g.where == "train")):
         getattr(editor, f"add_{graft.where}")(graft)
+    # Each goes between the weight and what reads it so far: the last one first.
+    weights = [(graft, editor.theta(graft)) for graft in grafts if graft.where == "weight"]
+    for graft, theta in reversed(weights):
+        editor.add_weight(graft, theta)
+    for graft in grafts:
+        if graft.where == "storage":
+            editor.add_storage(graft)
     return editor.finish()
 
 
@@ -62,13 +71,13 @@ class _Editor:
         self.state[name] = nn.Parameter(value.detach(), requires_grad=trainable)
         return node
 
-    def weight(self, graft: Graft) -> fx.Node:
-        """The input that holds the tensor of a graft."""
-        target = f"{graft.path}.{graft.tensor}"
-        for spec in self.specs:
-            if spec.target == target and isinstance(spec.arg, TensorArgument):
-                return next(n for n in self.graph.nodes if n.name == spec.arg.name)
-        raise RewriteError(f"the exported program does not read {target}: {graft.label} has no place there")
+    def weights(self, graft: Graft) -> list[fx.Node]:
+        """The inputs that hold the tensor of a graft: one, unless modules share it under several names."""
+        targets = [f"{path}.{graft.tensor}" for path in graft.places]
+        names = [s.arg.name for s in self.specs if s.target in targets and isinstance(s.arg, TensorArgument)]
+        if not names:
+            raise RewriteError(f"the exported program does not read {targets[0]}: {graft.label} has no place there")
+        return [n for n in self.graph.nodes if n.op == "placeholder" and n.name in names]
 
     def theta(self, graft: Graft) -> list[fx.Node]:
         weight = self.state[f"{graft.path}.{graft.tensor}"]
@@ -94,10 +103,15 @@ class _Editor:
             for user in users:
                 user.replace_input_with(y, new)
 
-    def add_weight(self, graft: Graft) -> None:
-        self.replace(graft, self.weight(graft), self.theta(graft), keep=True)
+    def add_weight(self, graft: Graft, theta: list[fx.Node]) -> None:
+        op = typed_op(graft.op)
+        assert op is not None
+        for weight in self.weights(graft):
+            self.replace(weight, op.reference, [weight, *theta], op.name)
 
     def add_storage(self, graft: Graft) -> None:
+        op = typed_op(graft.op)
+        assert op is not None
         assert graft.encode is not None
         name = f"{graft.path}.{graft.tensor}"
         stored = graft.encode(graft.view(self.state[name].detach()).contiguous())
@@ -106,22 +120,17 @@ class _Editor:
             self.parameter(f"{graft.path}.parametrizations.{graft.tensor}.original{i}", stored[i], False)
             for i in reversed(range(count))
         ][::-1]
-        old = self.weight(graft)
-        self.replace(graft, old, nodes, keep=False)
+        (old,) = self.weights(graft)
+        self.replace(old, functools.partial(_decoded, graft, op.reference), nodes, op.name)
         self.graph.erase_node(old)
         self.specs = [s for s in self.specs if s.target != name]
         del self.state[name]
 
-    def replace(self, graft: Graft, old: fx.Node, tensors: list[fx.Node], keep: bool) -> None:
-        """Let every reader of a weight read what the graft makes of it."""
-        op = typed_op(graft.op)
-        assert op is not None
+    def replace(self, old: fx.Node, function: Callable[..., Any], tensors: list[fx.Node], name: str) -> None:
+        """Let every reader of a weight read what a function makes of some inputs."""
         users = [u for u in old.users if u.op != "output"]
         last = next(n for n in reversed(list(self.graph.nodes)) if n.op == "placeholder")
-        function = op.reference
-        if not keep and graft.transposed:
-            function = functools.partial(_transposed, op.reference)
-        new = splice(self.graph, function, [old, *tensors] if keep else tensors, last, op.name)
+        new = splice(self.graph, function, tensors, last, name)
         for user in users:
             user.replace_input_with(old, new)
 
@@ -137,7 +146,7 @@ class _Editor:
         return ExportedProgram(
             root=self.gm,
             graph=self.graph,
-            graph_signature=ExportGraphSignature(self.specs, list(old.graph_signature.output_specs)),
+            graph_signature=ExportGraphSignature(self.specs, self.outputs()),
             state_dict=self.state,
             range_constraints=copy.deepcopy(old.range_constraints),
             module_call_graph=copy.deepcopy(old.module_call_graph),
@@ -146,6 +155,16 @@ class _Editor:
             verifiers=list(old.verifiers),
         )
 
+    def outputs(self) -> list[OutputSpec]:
+        """The output specs by the nodes that are returned now: one of them may be a site."""
+        specs, (output,) = self.program.graph_signature.output_specs, self.graph.find_nodes(op="output")
+        return [
+            dataclasses.replace(spec, arg=TensorArgument(name=node.name))
+            if isinstance(spec.arg, TensorArgument) and isinstance(node, fx.Node)
+            else spec
+            for spec, node in zip(specs, output.args[0], strict=True)
+        ]
 
-def _transposed(reference: Any, *stored: Tensor) -> Tensor:
-    return reference(*stored).t()
+
+def _decoded(graft: Graft, reference: Callable[..., Any], *stored: Tensor) -> Tensor:
+    return graft.map.stored(reference(*stored), graft.shape)

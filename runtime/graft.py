@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from rewrite.codegen.delta import Delta
+from rewrite.codegen.maps import LINEAR, LayerMap, Rows
 
 Tensor = torch.Tensor
 Where = Literal["output", "weight", "storage", "train"]
@@ -35,10 +36,12 @@ class Graft:
                `weight`: `op(W, *tensors)` reparameterises `tensor`;
                `storage`: `op(*stored)` decodes `tensor`, `encode(W)` made the stored tensors;
                `train`: the base tensors named in `tensors` are trained, nothing is added.
-    initialise `W (d_out, d_in) -> {slot: value}`, called once; W is the weight of the site, rows only.
-    delta      `tensors -> Delta`, for merging an `output` graft; `merge(W, tensors) -> W'` for the others.
-    rows       output rows that the graft touches, None for all of them.
-    transposed the module stores its weight as (d_in, d_out) (GPT-2's `Conv1D`).
+    initialise `W (..., d_out, d_in) -> {slot: value}`, called once; W is the matrix of the weight, `rows` only.
+    delta      `tensors -> Delta`, an update of those rows, for merging; a `weight` graft without one is merged by
+               its op.
+    tensor     the parameter of the module, stored with `shape`; `map` says how the module applies it.
+    rows       rows of its matrix that the graft touches, None for all of them.
+    sharers    other modules whose `tensor` is the same object: a `weight` graft takes hold there too, once.
     """
 
     path: str
@@ -48,19 +51,24 @@ class Graft:
     slots: Mapping[str, Slot] = field(default_factory=dict)
     initialise: Callable[[Tensor], dict[str, Tensor]] | None = None
     delta: Callable[..., Delta] | None = None
-    merge: Callable[..., Tensor] | None = None
     encode: Callable[[Tensor], tuple[Tensor, ...]] | None = None
     read: Callable[[Mapping[str, Any], str], tuple[Tensor, ...] | None] | None = None  # a foreign checkpoint
     tensor: str = "weight"
     shape: tuple[int, ...] = ()  # of that tensor, as the module stores it
-    rows: tuple[int, int] | None = None
-    transposed: bool = False
+    map: LayerMap = LINEAR
+    rows: Rows | None = None
+    sharers: tuple[str, ...] = ()
     label: str = ""  # how explain names it, e.g. "lora(r=8)"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graft:
         return self  # immutable; its closures are shared so that copies of a model share compiled code
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The modules that it takes hold of: its own first."""
+        return (self.path, *self.sharers)
+
     def view(self, weight: Tensor) -> Tensor:
-        """The (d_out, d_in) rows that this graft touches, as a view of the module's tensor."""
-        weight = weight.t() if self.transposed else weight
-        return weight if self.rows is None else weight[self.rows[0] : self.rows[1]]
+        """The rows (..., d_out, d_in) that this graft touches, of the module's tensor."""
+        matrix = self.map.matrix(weight)
+        return matrix if self.rows is None else self.rows.take(matrix)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 from tqdm import tqdm
 
 from rewrite.errors import RewriteError
-from rewrite.runtime.adapter import Adapter
-from rewrite.runtime.attach import Attachment, adapted_modules, put_back, require, strip
+from rewrite.runtime import untying
+from rewrite.runtime.attach import Attachment, adapter_of, original, put_back, require, strip
 from rewrite.runtime.graft import Graft
 
 log = logging.getLogger(__name__)
@@ -46,83 +47,125 @@ def merge_report(model: nn.Module) -> MergeReport | None:
 
 
 @torch.no_grad()
-def merge(model: nn.Module) -> nn.Module:
+def merge(model: nn.Module, *, untie: bool = False) -> nn.Module:
     """Merge all adapters of `model` in place and return it: a plain model without any trace of us.
 
-    Raises `RewriteError`, before anything is changed, where a method has no merged form, or where a weight is
-    shared with a module that is not adapted alike.
+    A weight that an adapted module shares with modules that are not adapted alike is an error, or, with `untie`,
+    becomes that module's own (`config.tie_word_embeddings` is then false, so that saving keeps both).
+
+    Raises `RewriteError`, before anything is changed, where a method has no merged form, or for a shared weight.
     """
     state = require(model)
     _check(model, state)
-    worst, where, written, decoded = 0.0, "", 0, 0
-    adapted = {path: adapters for path, _, adapters in adapted_modules(model)}
-    stored = {g.path: g for g in state.grafts if g.where in ("storage", "weight")}
-    for path in tqdm(dict.fromkeys([*stored, *adapted]), desc="merge", delay=2, leave=False):
-        module = model.get_submodule(path)
-        if path in stored:
-            _densify(module, stored[path].tensor, state.order[path])
-            decoded += stored[path].where == "storage"
-        error = _merge_module(module, adapted.get(path, []))
-        written += 1
+    tied = _tied(model, state)
+    if tied:
+        untying.check(model, tied, untie)
+        state.requires_grad |= untying.untie(model, tied, state.requires_grad)
+    worst, where, decoded = 0.0, "", 0
+    weights = _weights(state)
+    for (path, tensor), grafts in tqdm(weights.items(), desc="merge", delay=2, leave=False):
+        error = _merge_weight(model, path, tensor, grafts, state)
+        decoded += any(g.where == "storage" for g in grafts)
         if error > worst:
             worst, where = error, path
     strip(model)
-    report = _reports[model] = MergeReport(state.spec, written, decoded, worst, where)
+    report = _reports[model] = MergeReport(state.spec, len(weights), decoded, worst, where)
     log.info("%s", report)
     return model
 
 
-def _densify(module: nn.Module, name: str, order: Sequence[str]) -> None:
-    """Replace a parametrised tensor by what it evaluates to, as an ordinary parameter."""
-    dense = getattr(module, name).detach().clone(memory_format=torch.contiguous_format)
-    put_back(module, name, dense, order)
+def _weights(state: Attachment) -> dict[tuple[str, str], list[Graft]]:
+    """The grafts of every weight that a merge writes, those that reparameterise it before those on the output."""
+    found: dict[tuple[str, str], list[Graft]] = {}
+    for graft in sorted(state.grafts, key=lambda g: g.where == "output"):
+        if graft.where != "train":
+            found.setdefault((graft.path, graft.tensor), []).append(graft)
+    return found
 
 
-def _merge_module(module: nn.Module, adapters: list[Adapter]) -> float:
-    """Add the updates of one module to its weight and bias; the relative rounding error of doing so."""
-    if not adapters:
-        return 0.0
-    weight = module.get_parameter("weight")
-    exact = weight.detach().to(torch.float64)
-    for adapter in adapters:
-        assert adapter.graft.delta is not None
-        update = adapter.graft.delta(*adapter.tensors().values()).map(lambda t: t.detach().to(torch.float64))
-        adapter.graft.view(exact).add_(update.materialise())
-        if (shift := update.shift()) is not None:
-            _add_bias(module, adapter.graft, weight, shift)
-    rounded = exact.to(weight.dtype)
-    weight.copy_(rounded)
-    if not weight.numel():
+def _merge_weight(model: nn.Module, path: str, tensor: str, grafts: list[Graft], state: Attachment) -> float:
+    """Write what the grafts make of one weight; the relative rounding error of doing so."""
+    module = model.get_submodule(path)
+    parameter = original(module, tensor)
+    base = parameter if parameter is not None else _decoded(module, tensor)
+    exact = base.detach().to(torch.float64)
+    for graft in grafts:
+        if graft.where != "storage":
+            exact = _merged(exact, base.dtype, module, graft)
+    rounded = exact.to(base.dtype)
+    if parameter is None:
+        parameter = nn.Parameter(rounded.contiguous(), requires_grad=False)
+    else:
+        parameter.copy_(rounded)
+    for place in dict.fromkeys(p for graft in grafts if graft.where != "output" for p in graft.places):
+        put_back(model.get_submodule(place), tensor, parameter, state.order[place])
+    if not exact.numel() or all(graft.where == "storage" for graft in grafts):
         return 0.0
     return float((rounded.to(torch.float64) - exact).abs().max() / exact.abs().max().clamp_min(1e-300))
 
 
-def _add_bias(module: nn.Module, graft: Graft, weight: torch.Tensor, shift: torch.Tensor) -> None:
-    width = weight.shape[1] if graft.transposed else weight.shape[0]
+def _decoded(module: nn.Module, tensor: str) -> torch.Tensor:
+    """The dense weight behind stored tensors, before any other graft on it."""
+    stored: Any = module._modules["parametrizations"]
+    held = stored[tensor]
+    return held[0](*(getattr(held, f"original{i}") for i in range(held.ntensors)))
+
+
+def _merged(exact: torch.Tensor, dtype: torch.dtype, module: nn.Module, graft: Graft) -> torch.Tensor:
+    """A weight in float64 with one graft merged into it; a shift goes to the bias."""
+    theta = adapter_of(module, graft).tensors().values()
+    if graft.delta is None:
+        assert graft.op is not None
+        return graft.op(exact.to(dtype), *theta).to(torch.float64)
+    update = graft.delta(*theta).map(lambda t: t.detach().to(torch.float64))
+    dense, shift = update.materialise(), update.shift()
+    if graft.rows is not None:
+        dense = graft.rows.put(dense) if dense.ndim else dense
+        shift = None if shift is None else graft.rows.put(shift, -1)
+    if dense.ndim:  # of a shift alone it is a plain zero
+        exact = exact + graft.map.stored(dense, exact.shape)
+    if shift is None:
+        return exact
+    if graft.map.biased:
+        _add_bias(module, exact, dtype, shift)
+        return exact
+    return exact + graft.map.stored(shift[:, None], exact.shape)
+
+
+def _add_bias(module: nn.Module, weight: torch.Tensor, dtype: torch.dtype, shift: torch.Tensor) -> None:
     if module._parameters.get("bias") is None:
-        module.register_parameter("bias", nn.Parameter(weight.new_zeros(width), requires_grad=False))
-    start, stop = graft.rows or (0, width)
+        zeros = torch.zeros(len(shift), dtype=dtype, device=weight.device)
+        module.register_parameter("bias", nn.Parameter(zeros, requires_grad=False))
     bias = module.get_parameter("bias")
-    bias[start:stop] = (bias[start:stop].to(torch.float64) + shift).to(bias.dtype)
+    bias.copy_((bias.to(torch.float64) + shift).to(bias.dtype))
 
 
 def _check(model: nn.Module, state: Attachment) -> None:
-    """Everything that could stop a merge, found before it starts."""
-    users: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        if isinstance(weight := module._parameters.get("weight"), nn.Parameter):
-            users.setdefault(id(weight), []).append(path)
+    """What has no merged form, found before anything is changed."""
     for graft in state.grafts:
         if graft.where == "output" and graft.delta is None:
             raise RewriteError(
                 f"{graft.label} at {graft.path} changes activations, it has no merged weight: rewrite.remove it, "
                 "or keep the model as it is"
             )
-        module = model.get_submodule(graft.path)
-        shared = users.get(id(module._parameters.get("weight")), [graft.path])
-        if graft.where == "output" and len(shared) > 1:
-            others = ", ".join(p for p in shared if p != graft.path)
-            raise RewriteError(
-                f"cannot merge {graft.label} at {graft.path}: its weight is shared with {others}, which would change "
-                "too. Nothing was merged."
-            )
+
+
+def _tied(model: nn.Module, state: Attachment) -> untying.Tied:
+    """The adapted weights that others, which are not adapted alike, share."""
+    users: dict[int, list[tuple[str, str]]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, ParametrizationList):  # counted at the module that it belongs to
+            continue
+        parametrised: Any = module._modules.get("parametrizations") or ()
+        for tensor in (*module._parameters, *parametrised):
+            if (parameter := original(module, tensor)) is not None:
+                users.setdefault(id(parameter), []).append((path, tensor))
+    found = {}
+    for graft in state.grafts:
+        parameter = original(model.get_submodule(graft.path), graft.tensor)
+        if graft.where in ("output", "weight") and parameter is not None:
+            alike = {(path, graft.tensor) for path in graft.places}
+            others = tuple(user for user in users[id(parameter)] if user not in alike)
+            if others:
+                found[graft.path, graft.tensor] = graft, others
+    return found

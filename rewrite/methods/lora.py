@@ -20,12 +20,12 @@ class Init:
     residual: ClassVar[bool] = False
 
     def fill(self, W: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
-        """Fill A (r, d_in) and B (d_out, r) in place; W (d_out, d_in) is in the dtype of A."""
+        """Fill A (..., r, d_in) and B (..., d_out, r) in place; W (..., d_out, d_in) is in the dtype of A."""
 
 
 @dataclass(frozen=True)
 class Kaiming(Init):
-    """A uniform in +-1/sqrt(d_in), B = 0  (the reference code of Hu et al. 2021)."""
+    """A uniform in +-1/sqrt(d_in), B = 0  (the reference code of Hu et al. 2021); of an embedding A = 0, B normal."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Gaussian(Init):
     """A normal with deviation 1/r, B = 0."""
 
     def fill(self, W: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
-        A.normal_(std=1 / A.shape[0])
+        A.normal_(std=1 / A.shape[-2])
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class Pissa(Init):
     residual = True
 
     def fill(self, W: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
-        r = A.shape[0]
+        r = A.shape[-2]
         if self.niter is None:
             U, S, Vh = torch.linalg.svd(W, full_matrices=False)
         else:
             U, S, V = torch.svd_lowrank(W, q=r, niter=self.niter)
-            Vh = V.t()
-        root = (S[:r] / scale).sqrt()
-        A.copy_(root[:, None] * Vh[:r])
-        B.copy_(U[:, :r] * root)
+            Vh = V.mT
+        root = (S[..., :r] / scale).sqrt()
+        A.copy_(root[..., :, None] * Vh[..., :r, :])
+        B.copy_(U[..., :r] * root[..., None, :])
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Olora(Init):
 
     def fill(self, W: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
         Q, R = torch.linalg.qr(W)
-        A.copy_(R[: A.shape[0]])
-        B.copy_(Q[:, : A.shape[0]])
+        A.copy_(R[..., : A.shape[-2], :])
+        B.copy_(Q[..., : A.shape[-2]])
 
 
 _KAIMING = Kaiming()
@@ -82,6 +82,7 @@ class Lora(Method):
     bias: bool = arg(False, help="train a bias c on B")
     init: Init = arg(_KAIMING, choices=INITS, help="how A and B start")
 
+    kinds = frozenset({"linear", "conv", "embedding", "expert"})
     paper = "https://arxiv.org/abs/2106.09685"
 
     @property
@@ -91,12 +92,14 @@ class Lora(Method):
         return alpha / (math.sqrt(self.r) if self.scale == "rs" else self.r)
 
     def params(self, site: Site) -> dict[str, Param]:
-        shapes = {"A": (self.r, site.in_features), "B": (site.out_features, self.r)}
+        shapes = {"A": (*site.leading, self.r, site.in_features), "B": (*site.leading, site.out_features, self.r)}
         theta = {"A": Param(shapes["A"], kaiming), "B": Param(shapes["B"])}
+        if site.kind == "embedding" and self.init == _KAIMING:  # as HF PEFT starts there
+            theta = {"A": Param(shapes["A"]), "B": Param(shapes["B"], torch.nn.init.normal_)}
         if self.init.residual:
             theta |= {"A0": Param(shapes["A"], trainable=False), "B0": Param(shapes["B"], trainable=False)}
         if self.bias:
-            theta["c"] = Param((site.out_features,))
+            theta["c"] = Param((site.outputs,))
         return theta
 
     def initialise(self, W: Tensor, theta: dict[str, Tensor]) -> None:

@@ -20,6 +20,7 @@ class Nf4(Method):
     double_quant: bool = arg(False, help="quantise the absmax values too: 0.516 instead of 0.563 bytes a weight")
 
     name = "nf4"
+    kinds = frozenset({"linear", "expert"})
     positional_sites = True
     default_sites = "base"
     paper = "https://arxiv.org/abs/2305.14314"
@@ -36,7 +37,7 @@ class Nf4(Method):
         return codes, codes2, nested, nf4.dynamic_map().to(absmax.device), offset
 
     def layout(self, site: Site) -> storage.Nf4:
-        return storage.Nf4((site.out_features, site.in_features), site.dtype, self.block)
+        return storage.Nf4((*site.leading, site.out_features, site.in_features), site.dtype, self.block)
 
     def read(self, state: Mapping[str, Any], name: str) -> tuple[Tensor, ...] | None:
         if name not in bitsandbytes_format.names(state):

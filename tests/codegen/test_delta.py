@@ -7,7 +7,8 @@ import sympy
 import torch
 from torch import Tensor
 
-from rewrite.codegen.delta import IN, OUT, TOKENS, Delta, LowRank, Scaled, Shift
+from rewrite.codegen.delta import IN, OUT, TOKENS, Delta, LowRank, Scaled, Shift, Spread
+from rewrite.codegen.maps import LINEAR, Convolution, Lookup, Matmul, Rows
 
 OUTER, INNER, RANK = 7, 5, 3
 
@@ -39,7 +40,7 @@ def test_factored_equals_materialised(form, shape):
     shift = delta.shift()
     expected = dense if shift is None else dense + shift
     torch.testing.assert_close(delta.apply(x), expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(delta.apply(x, 0.25), expected * 0.25, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(delta.apply(x, scale=0.25), expected * 0.25, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -47,6 +48,72 @@ def test_terms_add_up(form):
     delta, x = form(), matrix(4, INNER)
     total = sum((term.apply(x) for term in delta.terms()), torch.zeros(4, OUTER, dtype=torch.float64))
     torch.testing.assert_close(total, delta.apply(x), rtol=1e-12, atol=1e-12)
+
+
+ROWS = [Rows(1, 0, 7, 15), Rows(1, 8, 15, 15), Rows(7, 1, 2, 3), Rows(1, 0, 7, 7)]
+
+
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_an_update_of_some_rows_is_one_of_the_whole(form, rows):
+    delta, x = form(), matrix(4, INNER)
+    for whole in (delta.spread(rows), Spread(delta, rows)):
+        torch.testing.assert_close(whole.apply(x), rows.put(delta.apply(x), -1), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(whole.materialise(), rows.put(delta.materialise()), rtol=1e-12, atol=1e-12)
+        shift, part = whole.shift(), delta.shift()
+        assert (shift is None) == (part is None)
+        if part is not None:
+            assert torch.equal(shift, rows.put(part, -1))
+        assert whole.map(lambda t: t.to(torch.float32)).materialise().dtype == torch.float32
+        assert whole.cost() == delta.cost()
+
+
+LAYERS = {"linear": LINEAR, "transposed": Matmul(True), "lookup": Lookup(), "convolution": Convolution((5,))}
+
+
+@pytest.mark.parametrize("rows", [None, Rows(1, 2, 9, 15), Rows(7, 1, 2, 3)], ids=str)
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_an_updated_weight(form, layer, rows):
+    delta, base = form(), matrix(OUTER if rows is None else rows.width, INNER)
+    W = layer.stored(base, ()).clone()
+    update = delta.materialise()
+    expected = layer.stored(base + 0.25 * (update if rows is None else rows.put(update)), W.shape)
+    for found in (delta.add_to(W, layer, rows, 0.25), Delta.add_to(LowRankOnly(delta), W, layer, rows, 0.25)):
+        assert found.shape == W.shape
+        torch.testing.assert_close(found + 0.0, expected, rtol=1e-12, atol=1e-12)
+
+
+class LowRankOnly(Delta):
+    """A form that only knows its dense update."""
+
+    def __init__(self, inner: Delta) -> None:
+        self.inner = inner
+
+    def materialise(self) -> Tensor:
+        return self.inner.materialise()
+
+
+def test_a_stack_of_updates():
+    delta = LowRank(matrix(4, OUTER, RANK), matrix(4, RANK, INNER)) - LowRank(matrix(4, OUTER, 2), matrix(4, 2, INNER))
+    assert isinstance(delta, LowRank)
+    for layer in (Matmul(), Matmul(True)):
+        base = matrix(4, OUTER, INNER)
+        W = layer.stored(base, ()).clone()
+        found = layer.matrix(delta.add_to(W, layer) + 0.0)
+        torch.testing.assert_close(found, base + delta.materialise(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_through_a_convolution_and_an_embedding(form):
+    delta = form()
+    dense, shift = delta.materialise() + torch.zeros(OUTER, INNER, dtype=torch.float64), delta.shift()
+    ids, x, bias = torch.randint(0, INNER, (2, 3)), matrix(2, 1, 9), torch.zeros(OUTER) if shift is None else shift
+    y = torch.nn.functional.embedding(ids, dense.t()) + bias
+    torch.testing.assert_close(delta.apply(ids, Lookup(), like=y), y, rtol=1e-12, atol=1e-12)
+    layer = Convolution((INNER,), padding=(1,))
+    y = torch.nn.functional.conv1d(x, dense[:, None], bias.double(), padding=1)
+    torch.testing.assert_close(delta.apply(x, layer) + 0 * y, y, rtol=1e-12, atol=1e-12)
 
 
 def test_low_ranks_add_to_one_branch():
@@ -71,7 +138,12 @@ def test_map_reaches_every_tensor(form):
 
 def test_parameters_are_cast_to_the_activation():
     form = LowRank(torch.randn(OUTER, RANK), torch.randn(RANK, INNER)) + Shift(torch.randn(OUTER))
-    assert form.apply(torch.randn(4, INNER, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    x = torch.randn(4, INNER, dtype=torch.bfloat16)
+    assert form.apply(x).dtype == torch.bfloat16
+    assert form.apply(x[:, None], Convolution((INNER,))).dtype == torch.bfloat16
+    assert form.apply(torch.zeros(4, dtype=torch.long), Lookup(), like=x).dtype == torch.bfloat16
+    assert (form.add_to(x.new_zeros(OUTER, INNER)) + 0).dtype == torch.bfloat16
+    assert (form.add_to(x.new_zeros(INNER, OUTER), Lookup()) + 0).dtype == torch.bfloat16
 
 
 def test_cost_counts_multiply_adds():

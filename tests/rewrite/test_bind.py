@@ -13,6 +13,7 @@ from rewrite.bind import arguments, bind, canonical
 from rewrite.errors import SpecError
 from rewrite.method import arg
 from rewrite.parser import parse
+from rewrite.spec import Selector, Spec
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,9 @@ def test_written_sites_replace_the_default() -> None:
         "lora(start=svd(scale=1, niter=4))@attn": "lora(start=svd(niter=4, scale=1))@attn",
         "lora(start=svd())@attn": "lora(start=svd())@attn",
         "b: ~full + a: full(norm)": "b: ~full + a: full@norm",
+        "let m='*.m';let n=m,head; nf4@n[0:2] + lora(r=4,alpha=2)@m": (
+            'let m = "*.m"; let n = m,head; nf4(n[0:2]) + lora(r=4, alpha=2)@m'
+        ),
     }.items(),
 )
 def test_canonical(text: str, expected: str) -> None:
@@ -198,6 +202,85 @@ def test_canonical(text: str, expected: str) -> None:
     again = parse(expected)
     assert canonical(again, METHODS) == expected
     assert [(b.method, b.sites) for b in bind(again, METHODS)] == [(b.method, b.sites) for b in bind(spec, METHODS)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    {
+        "let m = 'b.*.m'; lora@m": '"b.*.m"',
+        "let m = attn.q,/x/[0:2]; lora@head,m,v": "head,attn.q,/x/[0:2],v",
+        "let m = attn,ffn; lora@linear-m": "linear-attn-ffn",
+        "let m = attn,ffn; lora@norm,m[0:4]": "norm,attn[0:4],ffn[0:4]",
+        "let m = attn,ffn; lora@linear-m[::2]": "linear-attn[::2]-ffn[::2]",
+        "let m = linear-head; lora@m,norm": "linear-head,norm",
+        "let m = linear-head; lora@m[0:2]": "linear[0:2]-head",
+        "let m = linear-head; lora@block,m": "block,(linear-head)",
+        "let m = linear-head; lora@block-m": "block-(linear-head)",
+        "let m = linear-head; let n = norm,m; lora@n[3]": "norm[3],(linear[3]-head)",
+        "let m = linear-head; let n = block-m; lora@attn.q,n[3]": "attn.q,(block[3]-(linear-head))",
+        "let m = linear-head; let n = m; let p = n; lora@p-p": "linear-head-(linear-head)",
+        "let mixer = 'm'; lora@attn.q,enc.mixer,mixer": 'attn.q,enc.mixer,"m"',
+    }.items(),
+)
+def test_an_alias_becomes_what_it_stands_for(text: str, expected: str) -> None:
+    (bound,) = bind(parse(text), METHODS)
+    assert str(bound.sites) == expected
+    assert {term.kind for term in bound.sites.leaves(minus=True)} <= {"role", "glob", "regex"}
+
+
+def test_what_an_alias_stands_for_has_the_span_of_its_use() -> None:
+    text = "let m = linear-head; let n = attn,m; lora@n + lora@block,n[0:2]-m"
+    first, second = (bound.sites for bound in bind(parse(text), METHODS))
+    spans = [(term.text, text[slice(*term.span)]) for term in second.leaves(minus=True)]
+    assert spans == [("block", "block"), ("attn", "n[0:2]"), *[(w, "n[0:2]") for w in ("linear", "head")]] + [
+        (w, "m") for w in ("linear", "head")
+    ]
+    assert {text[slice(*term.layers.span)] for term in second.leaves() if term.layers} == {"n[0:2]"}
+    assert {term.span.start for term in first.leaves(minus=True)} == {text.index("lora@n") + len("lora@")}
+
+
+def test_aliases_in_a_tree_without_a_source() -> None:
+    spec = parse("let m = attn; lora@m")
+    assert bind(Spec(spec.clauses, lets=spec.lets), METHODS)[0].sites == parse("lora@attn").clauses[0].sites
+    with pytest.raises(SpecError, match="unknown alias 'm'"):
+        bind(Spec(spec.clauses), METHODS)
+
+
+def selected(sites: Selector, known: dict[str, set[int]]) -> set[int]:
+    """What a selector means, where each word in `known` is a set of places and the layer of a place is itself."""
+    chosen: set[int] = set()
+    for term in sites.terms:
+        found = selected(term.group, known) if term.group else known[term.text]
+        if term.layers:
+            found = found & set(term.layers.select(8))
+        chosen = chosen - found if term.minus else chosen | found
+    return chosen
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_binding_keeps_what_aliases_select(data: st.DataObject) -> None:
+    known = {word: data.draw(st.sets(st.integers(0, 7))) for word in ("norm", "head", "embed")}
+    plain, lets, layered, used = list(known), "", set[str](), set[str]()
+
+    def sites() -> str:
+        text = ""
+        for word in data.draw(st.lists(st.sampled_from(plain + sorted(layered)), min_size=1, max_size=4)):
+            narrow = data.draw(st.sampled_from(["", "[0:4]", "[::2]"])) if word not in layered else ""
+            text += (data.draw(st.sampled_from([",", "-"])) if text else "") + word + narrow
+            used.add(word)
+        return text
+
+    for name in ("one", "two", "three"):
+        lets += f"let {name} = {sites()}; "
+        inside = parse(lets + "lora@norm").lets[-1].sites
+        known[name] = selected(inside, known)
+        (layered.add if any(t.layers or t.text in layered for t in inside.terms) else plain.append)(name)
+    text = ",".join([sites(), *sorted({"one", "two", "three"} - used)])
+    spec = parse(f"{lets}lora@{text}")
+    (bound,) = bind(spec, METHODS)
+    assert spec.clauses[0].sites is not None
+    assert selected(bound.sites, known) == selected(spec.clauses[0].sites, known)
 
 
 def test_canonical_refuses_what_bind_refuses() -> None:

@@ -83,7 +83,21 @@ def test_version(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out == f"rewrite {rewrite.__version__}\n"
 
 
-@pytest.mark.parametrize("argv", [[], ["plam"], ["plan"], ["finetune"], ["plan", "--spec"]])
+def test_plan_asks_for_a_spec_or_sites(capsys: pytest.CaptureFixture[str]):
+    assert main(["plan"]) == 2
+    assert "give --spec" in capsys.readouterr().err
+
+
+def test_plan_prints_sites(capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", "--sites", "attn.q,ffn.down"]) == 0
+    some = capsys.readouterr().out
+    assert main(["plan", "--sites"]) == 0
+    every = capsys.readouterr().out
+    assert "sites at attn.q,ffn.down" in some
+    assert all(word in every for word in ("attn.q", "ffn.gate", "norm", "embed", "head"))
+
+
+@pytest.mark.parametrize("argv", [[], ["plam"], ["diff"], ["finetune"], ["plan", "--spec"]])
 def test_usage_errors(capsys: pytest.CaptureFixture[str], argv: list[str]):
     with pytest.raises(SystemExit) as stop:
         main(argv)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,10 @@ from rewrite.lexer import MAX_INT, Lexer, regex_fault
 from rewrite.parser import parse, parse_sites
 from rewrite.spec import (
     CONSTANTS,
+    LET,
+    OPEN_ROLES,
     ROLES,
+    STACKS,
     Bool,
     Call,
     Clause,
@@ -23,6 +27,7 @@ from rewrite.spec import (
     Int,
     Keyword,
     Layers,
+    Let,
     Name,
     Null,
     Selector,
@@ -56,6 +61,13 @@ CANONICAL = {
     "a(x=(),y=(1),z=(1,(2,'c'),),w=f(g(1),h=2),v=f())@b": ('a(x=(), y=(1,), z=(1, (2, "c")), w=f(g(1), h=2), v=f())@b'),
     "a(8,(1,),b(c=1),true,-2)": "a(8, (1,), b(c=1), true, -2)",
     "a(linear, 8, r=1)": "a(8, linear, r=1)",
+    "let mixer='blocks.*.mixer';lora(r=8)@mixer": 'let mixer = "blocks.*.mixer"; lora(r=8)@mixer',
+    "let a=attn.q , v-head;\nlet b = a [ 0:4],/x/ # two\n; nf4(linear-b,)": (
+        "let a = attn.q,v-head; let b = a[0:4],/x/; nf4(linear-b)"
+    ),
+    "let x = attn.q; lora(init=x)@x,v + x(x(x), x)": "let x = attn.q; lora(init=x)@x,v + x(x(x), x)",
+    "let mixer = /x/; lora@attn.q,attn.mixer,mixer": "let mixer = /x/; lora@attn.q,attn.mixer,mixer",
+    "lora@attn.q,attn.mixer,mixer": "lora@attn.q,attn.mixer,mixer",
 }
 
 
@@ -90,6 +102,38 @@ def test_the_tree() -> None:
             Clause(nf4, Selector((Term("role", "base"),)), positional=True),
         )
     )
+
+
+def test_the_tree_of_an_alias() -> None:
+    spec = parse("let a = linear-head; let b = norm,a; lora@attn.q,a[0:4],v-b")
+    minus_head = Term("role", "head", minus=True)
+    assert spec.lets == (
+        Let("a", Selector((Term("role", "linear"), minus_head))),
+        Let("b", Selector((Term("role", "norm"), Term("alias", "a")))),
+    )
+    assert spec.aliases == ("a", "b")
+    assert spec.clauses[0].sites == Selector(
+        (
+            *(Term("role", "attn.q"), Term("alias", "a", Layers(None, 0, 4))),
+            *(Term("role", "v"), Term("alias", "b", minus=True)),
+        )
+    )
+    assert spec != parse(str(spec).replace("norm,a", "norm,linear"))
+
+
+def test_spans_of_an_alias() -> None:
+    text = " let a = attn.q , v ; lora@ a[0:4]"
+    spec = parse(text)
+    (let,) = spec.lets
+    (term,) = (clause.sites.terms[0] for clause in spec.clauses if clause.sites)
+    spans = (let.span, let.name_span, let.sites.span, let.sites.terms[1].span, term.span)
+    assert [text[slice(*span)] for span in spans] == ["let a = attn.q , v ;", "a", "attn.q , v", "v", "a[0:4]"]
+
+
+def test_without_a_let_a_word_is_a_role() -> None:
+    (word,) = parse("lora@mixer").clauses[0].sites.terms  # pyright: ignore[reportOptionalMemberAccess]
+    (alias,) = parse("let mixer = 'x'; lora@mixer").clauses[0].sites.terms  # pyright: ignore[reportOptionalMemberAccess]
+    assert (word.kind, alias.kind) == ("role", "alias")
 
 
 def test_value_kinds() -> None:
@@ -144,6 +188,11 @@ def test_spans_take_no_part_in_equality() -> None:
         "linear-attn.q,v": "linear -attn.q attn.v",
         "layers.0,mlp": "layers.0 layers.mlp",
         "q,v": "q v",
+        "ffn.experts.gate,up,down": "ffn.experts.gate ffn.experts.up ffn.experts.down",
+        "ffn.gate,experts,gate_up": "ffn.gate ffn.experts ffn.gate_up",
+        "vision.attn.q,v,text.attn.q,k": "vision.attn.q vision.attn.v text.attn.q text.attn.k",
+        "enc.attn,mixer,audio": "enc.attn enc.mixer audio",
+        "cross.q,qkv,attn.o,mixer": "cross.q cross.qkv attn.o mixer",
     }.items(),
 )
 def test_a_word_inherits_the_prefix_before_it(sites: str, expected: str) -> None:
@@ -154,18 +203,42 @@ def test_a_word_inherits_the_prefix_before_it(sites: str, expected: str) -> None
     assert " ".join("-" * term.minus + term.text for term in after.terms) == expected
 
 
+@pytest.mark.parametrize(
+    ("sites", "expected"),
+    {
+        "attn.q,low,v": "attn.q low v",
+        "enc.attn,mixer": "enc.attn mixer",
+        "enc.attn,enc.mixer": "enc.attn enc.mixer",
+        "attn.q,attn.low": "attn.q attn.low",
+        "linear-low-mixer": "linear -low -mixer",
+        "'low',low": "low low",
+    }.items(),
+)
+def test_an_alias_inherits_no_prefix(sites: str, expected: str) -> None:
+    head = "let low = /x/; let mixer = low; "
+    after = parse(f"{head}lora@{sites}").clauses[0].sites
+    inside = parse(f"{head}nf4({sites})").clauses[0].sites
+    assert after is not None
+    assert after == inside
+    assert " ".join("-" * term.minus + term.text for term in after.terms) == expected
+    assert all((term.kind == "alias") == (term.text in ("low", "mixer")) for term in after.terms[1:])
+
+
 def test_an_argument_between_two_sites_ends_the_inheritance() -> None:
     sites = parse("nf4(attn.q, 8, v)").clauses[0].sites
     assert sites is not None
     assert [term.text for term in sites.terms] == ["attn.q", "v"]
 
 
-@pytest.mark.parametrize("word", [*ROLES, "enc", "dec", "enc.attn.q", "dec.cross.v", "enc.norm"])
+@pytest.mark.parametrize(
+    "word",
+    [*ROLES, "enc", "dec", "enc.attn.q", "dec.cross.v", "enc.norm", *STACKS, "vision.attn.q", "text.ffn.experts.up"],
+)
 def test_known_roles(word: str) -> None:
     assert known_role(word)
 
 
-@pytest.mark.parametrize("word", ["q", "attn.z", "enc.z", "enc.", "encattn", "", "mlp", "enc.enc.attn"])
+@pytest.mark.parametrize("word", ["q", "attn.z", "enc.z", "enc.", "encattn", "", "mlp", "enc.enc.attn", "experts"])
 def test_unknown_roles(word: str) -> None:
     assert not known_role(word)
 
@@ -224,7 +297,7 @@ def test_repeats_that_multiply_are_refused(pattern: str) -> None:
     assert regex_fault(pattern) is not None
 
 
-WORDS = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,6}", fullmatch=True).filter(lambda word: word not in CONSTANTS)
+WORDS = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,6}", fullmatch=True).filter(lambda word: word not in (*CONSTANTS, LET))
 ROLE_WORDS = st.sampled_from([*ROLES, "enc.attn.q", "dec.ffn.up", "layers.0.mlp", "mlp", "attn.true", "a.b", "q"])
 VALUE_WORDS = WORDS.filter(lambda word: word.lower() not in ("nan", "inf", "infinity"))
 TEXTS = st.text(st.characters(exclude_categories=["C", "Z"]) | st.sampled_from(" \n\t\"'\\/#"), max_size=8)
@@ -251,27 +324,35 @@ LAYERS = st.none() | st.one_of(
     st.lists(INTS, min_size=1, max_size=3).map(lambda indices: Layers(tuple(indices))),
     st.builds(Layers, st.none(), BOUNDS, BOUNDS, BOUNDS.filter(lambda step: step != 0)),
 )
+NAMES = [*OPEN_ROLES, "low", "B", "attn_q", "_", "lets"]
 REGEXES = st.sampled_from(["a/b", "a\\\\/b", "[/]+", r"\d+\.x", ".*(q|k)"])
 TERMS = st.one_of(
-    st.builds(Term, st.just("role"), ROLE_WORDS, LAYERS, st.booleans()),
+    st.builds(Term, st.just("role"), ROLE_WORDS | st.sampled_from(NAMES), LAYERS, st.booleans()),
     st.builds(Term, st.just("glob"), TEXTS.filter(bool), LAYERS, st.booleans()),
     st.builds(Term, st.just("regex"), REGEXES, LAYERS, st.booleans()),
 )
 
 
-def selector(terms: list[Term]) -> Selector:
-    """The terms as the parser would have them: the first adds, and a bare word has its inherited name."""
+def selector(terms: list[Term], aliases: list[str]) -> Selector:
+    """The terms as the parser has them: the first adds, and a bare word is an alias or has its inherited name."""
     kept: list[Term] = []
     for term in terms:
+        kind, text = term.kind, term.text
         before = kept[-1].text if kept and kept[-1].kind == "role" else ""
-        text = inherit(before, term.text) if term.kind == "role" else term.text
-        kept.append(Term(term.kind, text, term.layers, term.minus and bool(kept)))
+        if kind == "role" and text in aliases:
+            kind = "alias"
+        elif kind == "role":
+            text = inherit(before, text)
+        kept.append(Term(kind, text, term.layers, term.minus and bool(kept)))
     return Selector(tuple(kept))
+
+
+SITES = st.lists(TERMS, min_size=1, max_size=4)
 
 
 @st.composite
 def clauses(draw: st.DrawFn) -> Clause:
-    sites = draw(st.none() | st.lists(TERMS, min_size=1, max_size=4).map(selector))
+    sites = draw(st.none() | SITES.map(lambda terms: selector(terms, [])))
     # Between the parentheses of a clause a bare word or a string would be a site.
     values = VALUES.filter(lambda value: not isinstance(value, Name | Str))
     return Clause(
@@ -283,7 +364,23 @@ def clauses(draw: st.DrawFn) -> Clause:
     )
 
 
-SPECS = st.lists(clauses(), min_size=1, max_size=3).map(lambda items: Spec(tuple(items)))
+@st.composite
+def specs(draw: st.DrawFn) -> Spec:
+    """A spec with aliases: the words that they name are aliases in clauses, and in definitions behind theirs."""
+    names, lets = draw(ALIASES), list[Let]()
+    for at, name in enumerate(names):
+        terms = [term for term in draw(SITES) if term.text not in names[at:]] or [Term("role", "linear")]
+        lets.append(Let(name, selector(terms, names[:at])))
+    items = [
+        clause if clause.sites is None else replace(clause, sites=selector(list(clause.sites.terms), names))
+        for clause in draw(CLAUSES)
+    ]
+    return Spec(tuple(items), lets=tuple(lets))
+
+
+ALIASES = st.lists(st.sampled_from(NAMES), max_size=3, unique=True)
+CLAUSES = st.lists(clauses(), min_size=1, max_size=3)
+SPECS = specs()
 
 
 @settings(deadline=None)
@@ -300,8 +397,8 @@ def test_blanks_and_comments_mean_nothing(spec: Spec, data: st.DataObject) -> No
     lexer, pieces = Lexer(str(spec)), list[str]()
     blanks = st.sampled_from(["", "", " ", "\t", "\n", "\r\n", " # (+@ \u00e9\n"])
     while (token := lexer.next()).kind != "end":
-        # Two words or numbers in a row do not occur, so nothing merges where the blank is empty.
-        pieces += [data.draw(blanks), token.text]
+        # Two words or numbers in a row occur only behind `let`, so nothing else merges where the blank is empty.
+        pieces += [data.draw(blanks), token.text, " " * (token.text == LET)]
     assert parse("".join(pieces)) == spec
 
 
@@ -330,6 +427,10 @@ PIECES = [
     "-",
     "~",
     "@",
+    ";",
+    "let",
+    "let a =",
+    "let mixer=a;",
     "8",
     "1e9",
     "0.5",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import rewrite
-from tests.models import assert_close, assert_same, batch, build, disturb, gradients
+from tests.models import Output, assert_close, assert_same, batch, build, disturb, gradients
 
 peft = pytest.importorskip("peft")
 
@@ -189,3 +191,105 @@ def test_a_part_of_a_fused_projection_is_peft_on_the_whole_of_it():
         B = torch.cat([ours_gradients[f"{p}.B"] for p in parts])
         assert_close(A, theirs_gradients[f"{whole}A.default.weight"], 1e-12)
         assert_close(B, theirs_gradients[f"{whole}B.default.weight"], 1e-12)
+
+
+class One(nn.Module):
+    """A layer between activations that train nothing, and a loss."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> Output:
+        logits = torch.tanh(self.layer(x))
+        return Output(
+            (logits * torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)).sum(), logits
+        )
+
+
+def activations(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+
+
+LAYERS = {
+    "Linear": (lambda: nn.Linear(7, 5), lambda: activations(2, 3, 7)),
+    "Conv1D": (lambda: Conv1D(5, 7), lambda: activations(2, 3, 7)),
+    "Conv1d": (lambda: nn.Conv1d(7, 5, 3, stride=2, padding=1), lambda: activations(2, 7, 9)),
+    "Conv2d": (lambda: nn.Conv2d(3, 5, (3, 2), padding=(0, 1), bias=False), lambda: activations(2, 3, 5, 7)),
+    "Conv3d": (lambda: nn.Conv3d(3, 5, (1, 2, 3), stride=(1, 1, 2)), lambda: activations(2, 3, 2, 5, 7)),
+    "Conv2d 1x1": (lambda: nn.Conv2d(3, 5, 1), lambda: activations(2, 3, 5, 7)),
+    "Embedding": (lambda: nn.Embedding(11, 5), lambda: torch.tensor([[1, 3, 3], [0, 10, 1]])),
+    "Embedding, padded": (lambda: nn.Embedding(11, 5, padding_idx=1), lambda: torch.tensor([[1, 3, 3], [0, 10, 1]])),
+}
+EMBEDDING = {"A": "lora_embedding_A.default", "B": "lora_embedding_B.default"}
+
+
+def both(name: str, settings: str = "r=3, alpha=5", **theirs: Any) -> tuple[nn.Module, nn.Module, torch.Tensor]:
+    """One layer of that name adapted by us and by PEFT, with the same weights, and an input for it."""
+    make, x = LAYERS[name]
+    base = One(make()).double()
+    config = {"r": 3, "lora_alpha": 5, "target_modules": ["layer"], "fan_in_fan_out": name == "Conv1D", **theirs}
+    theirs_ = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**config))
+    return rewrite.attach(base, f'lora({settings})@"layer"'), theirs_, x()
+
+
+def factors_of(ours: nn.Module, theirs: nn.Module) -> dict[str, nn.Parameter]:
+    """PEFT's tensors by our names."""
+    source = trained(theirs)
+    names = {name: peft_name(name) for name in trained(ours)}
+    if any("lora_embedding" in name for name in source):
+        names = {name: f"base_model.model.layer.{EMBEDDING[name[-1]]}" for name in names}
+    assert set(names.values()) == set(source)
+    return {name: source[other] for name, other in names.items()}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_equals_peft(name: str):
+    ours, theirs, x = both(name)
+    disturb(theirs)
+    matched = factors_of(ours, theirs)
+    with torch.no_grad():
+        for own, parameter in trained(ours).items():
+            parameter.copy_(matched[own].reshape(parameter.shape))
+    results = [model(x) for model in (ours, theirs)]
+    for result in results:
+        result.loss.backward()
+    assert_close(results[0].logits, results[1].logits, 1e-12)
+    assert_close(results[0].loss, results[1].loss, 1e-12)
+    for own, parameter in trained(ours).items():
+        expected = matched[own].grad
+        assert parameter.grad is not None
+        assert expected is not None
+        assert bool(expected.any())
+        assert_close(parameter.grad, expected.reshape(parameter.shape), 1e-12, own)
+    rewrite.merge(ours)
+    merged: Any = theirs.merge_and_unload()  # type: ignore[operator]
+    assert_same(dict(ours.named_parameters()), dict(merged.named_parameters()), 1e-12)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_starts_as_in_peft(name: str):
+    torch.manual_seed(21)
+    ours, theirs, _ = both(name, "r=64", r=64)
+    for own, parameter in factors_of(ours, theirs).items():
+        start, other = trained(ours)[own].detach(), parameter.detach()
+        assert bool(start.any()) == bool(other.any()), own
+        if not start.any():
+            continue
+        if name.startswith("Embedding"):
+            assert 0.8 < start.std() < 1.2
+            continue
+        bound = start.shape[1] ** -0.5  # uniform: the same bound
+        assert max(start.abs().max(), other.abs().max()) <= bound
+        assert min(start.abs().max(), other.abs().max()) > 0.9 * bound
+
+
+def test_a_bias_on_a_convolution_equals_peft():
+    ours, theirs, x = both("Conv1d", "r=3, alpha=5, bias=true", lora_bias=True)
+    disturb(theirs)
+    matched = factors_of(ours, theirs)
+    with torch.no_grad():
+        for own, parameter in trained(ours).items():
+            parameter.copy_(matched[own].reshape(parameter.shape))
+    assert len(matched) == 3
+    assert_close(ours(x).logits, theirs(x).logits, 1e-12)

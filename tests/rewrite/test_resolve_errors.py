@@ -49,13 +49,13 @@ LLAMA = [
         "lora()@norm",
         "norm",
         "lora cannot stand at 'norm': its sites in LlamaForCausalLM are of kind norm",
-        "lora takes: linear",
+        "lora takes: conv, embedding, expert, linear",
     ),
     (
         "nf4(embed)",
         "embed",
         "nf4 cannot stand at 'embed': its sites in LlamaForCausalLM are of kind embedding",
-        "nf4 takes: linear",
+        "nf4 takes: expert, linear",
     ),
     (
         "full(attn) + nf4(attn)",
@@ -230,7 +230,8 @@ def test_a_shared_weight_with_adapters_is_not_merged():
     with pytest.raises(rewrite.RewriteError) as caught:
         rewrite.merge(model)
     assert str(caught.value) == (
-        "cannot merge lora(r=2) at first: its weight is shared with second, which would change too. Nothing was merged."
+        "cannot merge lora(r=2) at first: its weight is shared with second, which would change too. Nothing was "
+        "merged: rewrite.merge(model, untie=True) gives first a weight of its own"
     )
     assert changed(before, frozen(model)) == []
     assert torch.equal(model(x), expected)
@@ -297,7 +298,7 @@ def test_an_adapter_on_a_tied_head_trains_but_does_not_merge():
         rewrite.merge(model)
     assert str(caught.value) == (
         "cannot merge lora(r=4) at lm_head: its weight is shared with transformer.wte, which would change too. "
-        "Nothing was merged."
+        "Nothing was merged: rewrite.merge(model, untie=True) gives lm_head a weight of its own"
     )
     assert changed(before, frozen(model)) == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
@@ -363,7 +364,7 @@ PARENTHESES = (
     Case(
         "lora(r=8;)@attn",
         "lora(r=8,)@attn",
-        "unexpected character ';'",
+        "expected ',' or ')', got ';'",
         "  lora(r=8;)@attn",
         "          ^",
     ),
@@ -1380,9 +1381,292 @@ PLACES = (
     ),
 )
 
+ALIASES = (
+    Case(
+        "let",
+        "let a = attn; lora@a",
+        "expected a name after 'let', got the end of the spec",
+        "  let",
+        "     ^ write for example let mixer = 'blocks.*.mixer'; lora@mixer",
+    ),
+    Case(
+        "let = attn; lora@a",
+        "let a = attn; lora@a",
+        "expected a name after 'let', got '='",
+        "  let = attn; lora@a",
+        "      ^ write for example let mixer = 'blocks.*.mixer'; lora@mixer",
+    ),
+    Case(
+        "let 'a' = attn; lora@a",
+        "let a = attn; lora@a",
+        "expected a name after 'let', got 'a'",
+        "  let 'a' = attn; lora@a",
+        "      ^^^ write for example let mixer = 'blocks.*.mixer'; lora@mixer",
+    ),
+    Case(
+        "let@attn",
+        "lora@attn",
+        "expected a name after 'let', got '@'",
+        "  let@attn",
+        "     ^ write for example let mixer = 'blocks.*.mixer'; lora@mixer",
+    ),
+    Case(
+        "let a: attn; lora@a",
+        "let a = attn; lora@a",
+        "expected '=' after 'let a', got ':'",
+        "  let a: attn; lora@a",
+        "       ^",
+    ),
+    Case(
+        "let a = ; lora@a",
+        "let a = attn; lora@a",
+        "expected a site after '=', got ';'",
+        "  let a = ; lora@a",
+        "          ^",
+    ),
+    Case(
+        "let a = attn,; lora@a",
+        "let a = attn; lora@a",
+        "expected a site after ',', got ';'",
+        "  let a = attn,; lora@a",
+        "               ^",
+    ),
+    Case(
+        "let a = -head; lora@a",
+        "let a = linear-head; lora@a",
+        "expected a site after '=', got '-'",
+        "  let a = -head; lora@a",
+        "          ^ '-' stands right behind what it removes from: linear-head",
+    ),
+    Case(
+        "let a = attn",
+        "let a = attn; lora@a",
+        "expected ',', '-' or ';', got the end of the spec",
+        "  let a = attn",
+        "              ^ a 'let' ends in ';'",
+    ),
+    Case(
+        "let a = attn;",
+        "let a = attn; lora@a",
+        "expected a method after ';', got the end of the spec",
+        "  let a = attn;",
+        "               ^",
+    ),
+    Case(
+        "let a = attn;;lora@a",
+        "let a = attn;lora@a",
+        "expected a method after ';', got ';'",
+        "  let a = attn;;lora@a",
+        "               ^",
+    ),
+    Case(
+        "let a = attn\nlora@a",
+        "let a = attn;\nlora@a",
+        "expected ',', '-' or ';', got 'lora'",
+        "  lora@a",
+        "  ^^^^ a 'let' ends in ';'",
+    ),
+    Case(
+        "let a = lora(r=8); lora@a",
+        "let a = attn; lora(r=8)@a",
+        "expected ',', '-' or ';', got '('",
+        "  let a = lora(r=8); lora@a",
+        "              ^ an alias names sites, not methods",
+    ),
+    Case(
+        "let a = lora@attn; lora@a",
+        "let a = attn; lora@a",
+        "expected ',', '-' or ';', got '@'",
+        "  let a = lora@attn; lora@a",
+        "              ^ an alias names sites, not methods",
+    ),
+    Case(
+        "let a = attn + lora@a",
+        "let a = attn; lora@a",
+        "expected ',', '-' or ';', got '+'",
+        "  let a = attn + lora@a",
+        "               ^ a 'let' ends in ';'",
+    ),
+    Case(
+        "let a = true; lora@a",
+        "let a = 'true'; lora@a",
+        "'true' is a value, not a site",
+        "  let a = true; lora@a",
+        "          ^^^^",
+    ),
+    Case(
+        "lora@attn; nf4(base)",
+        "lora@attn + nf4(base)",
+        "expected '+' or the end of the spec, got ';'",
+        "  lora@attn; nf4(base)",
+        "           ^ only a 'let' ends in ';': methods are joined by '+'",
+    ),
+    Case(
+        "lora@attn + let a = ffn; nf4(a)",
+        "let a = ffn; lora@attn + nf4(a)",
+        "a 'let' stands before the first method",
+        "  lora@attn + let a = ffn; nf4(a)",
+        "              ^^^",
+    ),
+    Case(
+        "a: let@attn",
+        "a: lora@attn",
+        "a 'let' stands before the first method",
+        "  a: let@attn",
+        "     ^^^",
+    ),
+    Case(
+        "~let@attn",
+        "~lora@attn",
+        "a 'let' stands before the first method",
+        "  ~let@attn",
+        "   ^^^",
+    ),
+    Case(
+        "let attn = 'x'; lora@attn",
+        "let attns = 'x'; lora@attns",
+        "'attn' is a role and cannot be an alias",
+        "  let attn = 'x'; lora@attn",
+        "      ^^^^",
+    ),
+    Case(
+        "let vision = 'x'; lora@vision",
+        "let visual = 'x'; lora@visual",
+        "'vision' is a role and cannot be an alias",
+        "  let vision = 'x'; lora@vision",
+        "      ^^^^^^",
+    ),
+    Case(
+        "let q = 'x'; lora@q",
+        "let mixer = 'x'; lora@mixer",
+        "'q' is the short form of the role attn.q and cannot be an alias",
+        "  let q = 'x'; lora@q",
+        "      ^",
+    ),
+    Case(
+        "let experts = 'x'; lora@experts",
+        "let expert = 'x'; lora@expert",
+        "'experts' is the short form of the role ffn.experts and cannot be an alias",
+        "  let experts = 'x'; lora@experts",
+        "      ^^^^^^^",
+    ),
+    Case(
+        "let let = 'x'; lora@let",
+        "let lets = 'x'; lora@lets",
+        "'let' is a reserved word and cannot be an alias",
+        "  let let = 'x'; lora@let",
+        "      ^^^",
+    ),
+    Case(
+        "let none = 'x'; lora@none",
+        "let None_ = 'x'; lora@None_",
+        "'none' is a reserved word and cannot be an alias",
+        "  let none = 'x'; lora@none",
+        "      ^^^^",
+    ),
+    Case(
+        "let a.b = 'x'; lora@a.b",
+        "let a_b = 'x'; lora@a_b",
+        "the alias 'a.b' may not hold a dot",
+        "  let a.b = 'x'; lora@a.b",
+        "      ^^^",
+    ),
+    Case(
+        "let a = 'x'; let a = 'y'; lora@a",
+        "let a = 'x'; let b = 'y'; lora@a,b",
+        "the alias 'a' is defined twice",
+        "  let a = 'x'; let a = 'y'; lora@a",
+        "                   ^",
+    ),
+    Case(
+        "let a = norm,a; lora@a",
+        "let a = norm,attn; lora@a",
+        "the alias 'a' is defined by itself",
+        "  let a = norm,a; lora@a",
+        "               ^",
+    ),
+    Case(
+        "let a = norm-b; let b = 'x'; lora@a",
+        "let b = 'x'; let a = norm-b; lora@a",
+        "the alias 'b' is used before it is defined",
+        "  let a = norm-b; let b = 'x'; lora@a",
+        "               ^",
+    ),
+    Case(
+        "let a = mixer; let mixer = 'x'; lora@a",
+        "let mixer = 'x'; let a = mixer; lora@a",
+        "the alias 'mixer' is used before it is defined",
+        "  let a = mixer; let mixer = 'x'; lora@a",
+        "          ^^^^^",
+    ),
+    Case(
+        "let a = attn[0:2]; lora@norm,a[1]",
+        "let a = attn; lora@norm,a[1]",
+        "the alias 'a' has layers of its own",
+        "  let a = attn[0:2]; lora@norm,a[1]",
+        "                                ^^^ write a",
+    ),
+    Case(
+        "let a = attn[0]; let b = a-norm; lora@attn-b[:]",
+        "let a = attn[0]; let b = a-norm; lora@attn-b",
+        "the alias 'b' has layers of its own",
+        "  let a = attn[0]; let b = a-norm; lora@attn-b[:]",
+        "                                              ^^^ write b",
+    ),
+    Case(
+        "let a = linear-attn[0]; lora@a[1]",
+        "let a = linear-attn; lora@a[1]",
+        "the alias 'a' has layers of its own",
+        "  let a = linear-attn[0]; lora@a[1]",
+        "                                ^^^ write a",
+    ),
+    Case(
+        "let a = attn; lora@a[0][1]",
+        "let a = attn; lora@a[0]",
+        "a site takes only one layer selector",
+        "  let a = attn; lora@a[0][1]",
+        "                         ^",
+    ),
+    Case(
+        "let a = attn; lora@norm",
+        "let a = attn; lora@a",
+        "the alias 'a' is never used",
+        "  let a = attn; lora@norm",
+        "      ^",
+    ),
+    Case(
+        "let a = attn; lora(act=a)@norm",
+        "let a = attn; lora@norm,a",
+        "the alias 'a' is never used",
+        "  let a = attn; lora(act=a)@norm",
+        "      ^",
+    ),
+    Case(
+        "let towers = 'x'; lora@towres + nf4(base)",
+        "let towers = 'x'; lora@towers + nf4(base)",
+        "the alias 'towers' is never used",
+        "  let towers = 'x'; lora@towres + nf4(base)",
+        "      ^^^^^^ 'towres' is no site: did you mean 'towers'?",
+    ),
+    Case(
+        "let towers = 'x'; let all = towers; lora@attn.q,tower",
+        "let towers = 'x'; let all = towers; lora@attn.q,all",
+        "the alias 'all' is never used",
+        "  let towers = 'x'; let all = towers; lora@attn.q,tower",
+        "                        ^^^",
+    ),
+    Case(
+        "let a = attn; lorra@a",
+        "let a = attn; lora@a",
+        "unknown method 'lorra'",
+        "  let a = attn; lorra@a",
+        "                ^^^^^ did you mean 'lora'?",
+    ),
+)
+
 CASES = (
     *(*CLAUSES, *PARENTHESES, *NUMBERS, *SITES, *LAYERS),
-    *(*QUOTES, *CHARACTERS, *NAMES, *ARGUMENTS, *PLACES),
+    *(*QUOTES, *CHARACTERS, *NAMES, *ARGUMENTS, *PLACES, *ALIASES),
 )
 
 
@@ -1406,6 +1690,12 @@ def test_no_two_wrong_specs_are_the_same() -> None:
     assert len({case.bad for case in CASES}) == len(CASES)
 
 
+def layered(count: int, sites: str) -> str:
+    """Aliases `a1`, `a2`, ..., `a`, of which each is `sites` with the one before it for `{0}`."""
+    names = ["attn", *(f"a{i}" for i in range(1, count)), "a"]
+    return "".join(f"let {new} = {sites.format(old)};" for old, new in itertools.pairwise(names))
+
+
 LONG = (
     ("x" * 100_000, "the spec is 100,000 characters long; the limit is 20,000"),
     ("lora@attn + " * 8_333 + "nf4", "the spec is 99,999 characters long; the limit is 20,000"),
@@ -1427,6 +1717,15 @@ LONG = (
     ("lora(r=" + "9" * 19_000, f"the number {'9' * 37}... does not fit in 64 bits"),
     ("lora(alpha=1e" + "9" * 19_000, f"the number 1e{'9' * 35}... is too large for a float"),
     ("z" * 19_000 + "@attn", f"unknown method '{'z' * 37}...'"),
+    ("let " + "z" * 19_000 + " = attn; lora@attn", f"the alias '{'z' * 37}...' is never used"),
+    ("let a = " * 2_000, "expected ',', '-' or ';', got 'a'"),
+    ("let a = attn;" * 1_500, "the alias 'a' is defined twice"),
+    (
+        layered(15, ",".join(["{0}"] * 100)) + "lora@a",
+        "the aliases stand for more than 10,000 sites",
+    ),
+    (layered(600, "norm,{0}-head") + "lora@a", "aliases are nested more than 50 deep"),
+    (layered(600, "{0}") + "lora@a", "aliases are nested more than 50 deep"),
 )
 
 
@@ -1449,6 +1748,8 @@ def test_hostile_lengths_are_errors_of_three_short_lines(text: str, first_line: 
         "lora@attn" + "#\n" * 9_000,
         "lora@/" + "a" * 500 + "/",
         "lora@/" + "(" * 20 + ")" * 20 + "/",
+        layered(50, "norm,{0}-head") + "lora@a-a",
+        "let a = " + ",".join(["attn"] * 3_800) + "; lora@a-a",
     ],
     ids=lambda text: text[:30],
 )

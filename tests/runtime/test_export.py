@@ -6,11 +6,13 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.export import Dim, ExportedProgram, export
 
 import rewrite
 from rewrite.errors import ResolveError, RewriteError
+from rewrite.runtime.attach import adapter_of, require
 
 
 class Attention(nn.Module):
@@ -113,15 +115,113 @@ def test_a_site_that_the_graph_does_not_have():
         rewrite.apply(program, "lora@ffn")
 
 
+class Reads(nn.Module):
+    """One layer is called, the weight of one is read, and one is idle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.read, self.idle = (nn.Linear(4, 4, dtype=torch.float64) for _ in range(3))
+
+    def forward(self, x):
+        return self.used(x) @ self.read.weight
+
+
+def test_a_weight_that_the_graph_reads():
+    model, x = Reads(), torch.randn(2, 4, dtype=torch.float64)
+    program = export(model, (x,))
+    torch.manual_seed(1)
+    new = rewrite.apply(program, 'lora(r=2)@"read"')
+    torch.manual_seed(1)
+    same(new, rewrite.attach(model, 'lora(r=2)@"read"'), x)
+
+
 def test_a_site_that_the_graph_does_not_compute():
-    class Reads(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.read = nn.Linear(4, 4), nn.Linear(4, 4)
+    program = export(Reads(), (torch.randn(2, 4, dtype=torch.float64),))
+    with pytest.raises((RewriteError, ResolveError), match=r"lora cannot stand at '\"idle\"'"):
+        rewrite.apply(program, 'lora@"idle"')
 
-        def forward(self, x):
-            return self.used(x) @ self.read.weight
 
-    program = export(Reads(), (torch.randn(2, 4),))
-    with pytest.raises((RewriteError, ResolveError), match=r"read"):
-        rewrite.apply(program, 'lora@"read"')
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(3, 11, 9)), nn.Parameter(torch.randn(3, 9, 11))
+
+    def forward(self, x):
+        h = torch.stack([F.linear(x, self.up[i]) for i in range(3)])
+        return (torch.tanh(h.flatten(1, -2)) @ self.down.transpose(1, 2)).sum(0).view(x.shape)
+
+
+class Kinds(nn.Module):
+    """Layers of every map; the head shares the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(23, 6, padding_idx=0), nn.Linear(6, 23, bias=False)
+        self.head.weight = self.embed.weight
+        self.wide = nn.Conv1d(6, 10, 3, stride=1, padding="same", groups=2)
+        self.plain = nn.Conv1d(10, 8, 3, padding=1, bias=False)
+        self.around = nn.Conv1d(8, 9, 3, padding=1, padding_mode="circular")
+        self.back = nn.ConvTranspose1d(9, 6, 2, stride=2, groups=3, output_padding=1)
+        self.stack = Stack()
+
+    def forward(self, ids):
+        x = self.around(self.plain(self.wide(self.embed(ids).transpose(1, 2))))
+        x = x + self.stack(x.transpose(1, 2)).transpose(1, 2)
+        return self.head(self.back(x).transpose(1, 2))
+
+
+def adapter_tensors(live: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapters of a live model by the names that they have in files and programs."""
+    return {
+        f"{graft.path}.adapters.{graft.name}.{slot}": value
+        for graft in require(live).grafts
+        if graft.where in ("output", "weight")
+        for slot, value in adapter_of(live.get_submodule(graft.path), graft).tensors().items()
+    }
+
+
+def same(adapted: ExportedProgram, live: nn.Module, ids: torch.Tensor) -> None:
+    """Equal outputs and gradients; adapters get the same values first."""
+    tensors = {**dict(live.named_parameters()), **dict(live.named_buffers())}
+    tensors |= adapter_tensors(live)
+    for name, value in adapted.state_dict.items():
+        if ".adapters." in name:
+            torch.testing.assert_close(value, tensors[name])  # the same start
+            tensors[name].data.copy_(nn.init.normal_(value.data, std=0.2))
+    module = adapted.module()
+    torch.testing.assert_close(module(ids), live(ids), rtol=1e-12, atol=1e-12)
+    module(ids).square().sum().backward()
+    live(ids).square().sum().backward()
+    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    assert trained
+    for name, parameter in trained.items():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, tensors[name].grad, rtol=1e-12, atol=1e-12)
+
+
+def kinds() -> tuple[nn.Module, ExportedProgram]:
+    model = Kinds().double()
+    return model, export(model, (torch.randint(0, 23, (2, 5)),), dynamic_shapes=({0: Dim("batch")},))
+
+
+OTHERS = ["embed", "conv", '"wide"', '"back","plain"', '"stack"', 'head,"stack",conv,embed']
+
+
+@pytest.mark.parametrize("arguments", ["r=2", "r=2, alpha=3, init=olora"])
+@pytest.mark.parametrize("sites", OTHERS)
+def test_other_layers_equal_a_live_model(sites, arguments):
+    model, program = kinds()
+    spec = f"lora({arguments})@{sites}"
+    torch.manual_seed(1)
+    new = rewrite.apply(program, spec)
+    torch.manual_seed(1)
+    same(new, rewrite.attach(copy.deepcopy(model), spec), torch.randint(0, 23, (3, 5)))
+
+
+@pytest.mark.parametrize("spec", ['lora(r=2)@"stack" + nf4("stack")', 'lora(r=2)@"stack" + lora(r=3)@"stack"'])
+def test_several_grafts_at_one_weight(spec):
+    model, program = kinds()
+    torch.manual_seed(1)
+    new = rewrite.apply(program, spec)
+    torch.manual_seed(1)
+    same(new, rewrite.attach(copy.deepcopy(model), spec), torch.randint(0, 23, (3, 5)))

@@ -1,0 +1,77 @@
+"""Attention in a trace: the products of activations that make it, and the projections behind query, key and value.
+
+scores = q k'        one product of activations, in a fused operator or by itself
+softmax(scores) v    a second one, behind a softmax over the keys
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from rewrite.structure.flow import Flow
+from rewrite.structure.operators import ATTENTION, CONTRACTION, SOFTMAX, name_of
+from rewrite.structure.replay import slope
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """One attention: its operands and its result, as nodes."""
+
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    out: fx.Node
+
+    @property
+    def scope(self) -> tuple[str, ...]:
+        return self.out.meta["scope"]
+
+
+def attentions(flow: Flow) -> list[Attention]:
+    """Every attention of a trace, in program order."""
+    found = [*_fused(flow), *_softmax(flow)]
+    return sorted(found, key=lambda a: flow.order[a.out])
+
+
+def _fused(flow: Flow) -> Iterator[Attention]:
+    for node in flow.mixers:
+        if name_of(node) in ATTENTION:
+            q, k, v = node.args[:3]
+            yield Attention(q, k, v, node)  # type: ignore[arg-type]
+
+
+def _softmax(flow: Flow) -> Iterator[Attention]:
+    for node in flow.data:
+        if name_of(node) not in SOFTMAX:
+            continue
+        scores = [m for m in flow.segment_before(node) if m in flow.mixers and name_of(m) not in ATTENTION]
+        for product in [m for m in flow.readers(node) if m in flow.mixers and name_of(m) not in ATTENTION]:
+            value = _value(flow, node, product)
+            for score in scores:
+                yield Attention(*_query_key(flow, score, node), value, product)
+
+
+def _factors(product: fx.Node) -> tuple[fx.Node, fx.Node]:
+    start = CONTRACTION[name_of(product)]
+    left, right = product.args[start : start + 2]
+    return left, right  # type: ignore[return-value]
+
+
+def _value(flow: Flow, softmax: fx.Node, product: fx.Node) -> fx.Node:
+    """What the probabilities are multiplied with."""
+    left, right = _factors(product)
+    return right if left in flow.segment_after(softmax) else left
+
+
+def _query_key(flow: Flow, score: fx.Node, softmax: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """(query, key) of a score product: one lane of the softmax varies along the keys alone."""
+    left, right = _factors(score)
+    source, dim = softmax.args[:2]
+    lane = slope(flow, score, source, lambda end: end.movedim(dim, -1).flatten(0, -2)[0])  # type: ignore[arg-type]
+    if lane is None or lane.ndim < 2:
+        return left, right
+    moved = (lane != 0).flatten(0, -3).any(0) if lane.ndim > 2 else lane != 0
+    return (left, right) if moved.any(0).sum() >= moved.any(1).sum() else (right, left)
