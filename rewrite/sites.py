@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from rewrite.codegen.maps import Rows
+from rewrite.codegen.maps import LINEAR, Rows
 from rewrite.inventory import Inventory, Place
 from rewrite.structure.roles import Part, Use
 from rewrite.structure.rows import regular
@@ -159,6 +159,10 @@ class _Finder:
         stack, layer, _ = self.where(place.path)
         for roles, rows in self.roles(place):
             yield Site(place, (*roles, *_in_stack(roles, place.path, stack)), rows, stack, layer)
+        if place.kind == "embedding" and place.tied:
+            # As the head applies it, so that both its readers take the same update.
+            both = replace(place, kind="linear", map=LINEAR, shape=place.stored, called=False)
+            yield Site(both, ("tied",), None, stack, layer, shared=True)
 
     def roles(self, place: Place) -> Iterator[Found]:
         """(roles, rows) of each site at a place."""

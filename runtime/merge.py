@@ -59,7 +59,7 @@ def merge(model: nn.Module, *, untie: bool = False) -> nn.Module:
     _check(model, state)
     tied = _tied(model, state)
     if tied:
-        untying.check(model, tied, untie)
+        untying.check(model, tied, untie, state.grafts)
         state.requires_grad |= untying.untie(model, tied, state.requires_grad)
     worst, where, decoded = 0.0, "", 0
     weights = _weights(state)

@@ -6,7 +6,7 @@ A weight that all its modules see adapted (one adapter for all of them) stays sh
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -20,11 +20,13 @@ Tied = Mapping[tuple[str, str], tuple[Graft, tuple[tuple[str, str], ...]]]
 """(module, tensor) of an adapted weight -> (a graft of it, the same of those that share it and are not adapted so)."""
 
 
-def check(model: nn.Module, tied: Tied, untie: bool) -> None:
+def check(model: nn.Module, tied: Tied, untie: bool, grafts: Sequence[Graft]) -> None:
     """Raise `RewriteError` unless the shared weights may, and can, be parted."""
     graft, others = next(iter(tied.values()))
     names = ", ".join(path for path, _ in others)
     what = f"cannot merge {graft.label} at {graft.path}: its {graft.tensor} is shared with {names}"
+    if any(g.sharers and (path, g.tensor) in tied for g in grafts for path in g.places):
+        raise RewriteError(f"{what}, and one adapter stands on it for all of them. Nothing was merged")
     if not untie:
         raise RewriteError(
             f"{what}, which would change too. Nothing was merged: rewrite.merge(model, untie=True) gives "

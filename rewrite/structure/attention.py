@@ -70,7 +70,7 @@ def _query_key(flow: Flow, score: fx.Node, softmax: fx.Node) -> tuple[fx.Node, f
     """(query, key) of a score product: one lane of the softmax varies along the keys alone."""
     left, right = _factors(score)
     source, dim = softmax.args[:2]
-    lane = slope(flow, score, source, lambda end: end.movedim(dim, -1).flatten(0, -2)[0])  # type: ignore[arg-type]
+    lane = slope(flow, score, source, lane=dim)  # type: ignore[arg-type]
     if lane is None or lane.ndim < 2:
         return left, right
     moved = (lane != 0).flatten(0, -3).any(0) if lane.ndim > 2 else lane != 0

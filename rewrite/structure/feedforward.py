@@ -100,7 +100,7 @@ def _mixes_tokens(flow: Flow, ups: list[Projection], down: Projection) -> bool:
     if down.x.meta["val"].ndim < 2:
         return False
     for up in ups:
-        lanes = slope(flow, up.out, down.x, lambda end: end.flatten(0, -2)[-1])
+        lanes = slope(flow, up.out, down.x, lane=-1)
         if lanes is not None and up.channel == lanes.ndim - 1:
             if int((lanes.flatten(0, -2) != 0).any(1).sum()) > 1:
                 return True

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import networkx as nx
+import torch
 from torch import fx
 
 from rewrite.structure.labels import Labels, weight_labels
@@ -74,6 +75,7 @@ class Flow:
         self.data = self._data()
         self.weights = self._weights()
         self.projections: dict[fx.Node, Projection] = {}
+        self.slopes: dict[str, torch.Tensor | None] = {}  # of `rewrite.structure.replay`
         self.mixers: set[fx.Node] = set()
         self._contractions()
         cuts = {*self.projections, *self.mixers}

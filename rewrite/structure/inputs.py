@@ -51,7 +51,8 @@ def candidates(model: nn.Module) -> Iterator[Inputs]:
     constants = {"use_cache": False} if _takes_cache(model, about, parameters) else {}
     seen: set[str] = set()
     for choice in _choices(model, about, parameters):
-        for values in itertools.islice(_combinations(list(choice.values())), tries):
+        order = _in_step if "mm_token_type_ids" in choice else _combinations
+        for values in itertools.islice(order(list(choice.values())), tries):
             kwargs = dict(zip(choice, values, strict=True))
             found = _inputs(kwargs, parameters, constants)
             key = f"{found} {[v.dtype for v in kwargs.values() if isinstance(v, Tensor)]}"
@@ -83,13 +84,17 @@ def _inputs(kwargs: dict[str, Any], parameters: Mapping[str, inspect.Parameter],
 
 
 def _combinations(variants: Sequence[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
-    """First the variants in step (first with first, ...), which often belong together; then all, likely ones first."""
-    if any(not each for each in variants):
-        return
-    for index in range(max((len(each) for each in variants), default=1)):
-        yield tuple(each[min(index, len(each) - 1)] for each in variants)
+    """Every combination, those of likely values first."""
     ranks = sorted(itertools.product(*(range(len(each)) for each in variants)), key=sum)
     yield from (tuple(each[rank] for each, rank in zip(variants, chosen, strict=True)) for chosen in ranks)
+
+
+def _in_step(variants: Sequence[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
+    """First with first, second with second, ..., then every combination."""
+    if all(variants):
+        for index in range(max(map(len, variants))):
+            yield tuple(each[min(index, len(each) - 1)] for each in variants)
+    yield from _combinations(variants)
 
 
 # ---------------------------------------------------------------------------------------------- which arguments
@@ -140,7 +145,7 @@ def _filled(name: str, names: Sequence[str]) -> bool:
 
 
 def _dummy(model: nn.Module, about: _About, parameters: Mapping[str, inspect.Parameter]) -> Iterator[Choice]:
-    """The batch that the model names itself, ids brought into the vocabulary; more than ids alone, or it says little."""
+    """The batch that the model names itself, ids brought into the vocabulary; ids alone say too little."""
     try:
         dummy = getattr(model, "dummy_inputs", None)
     except Exception:  # a property of the user's class
@@ -360,11 +365,14 @@ def _pixel_values(about: _About, names: Names) -> Iterator[Tensor]:
 def _input_ids(about: _About, names: Names) -> Iterator[Tensor]:
     text = about.ids(BATCH, LENGTH)
     token = _image_token(about, names)
-    for count in _image_tokens(about, names) if token is not None else ():
+    for count in () if token is None else _image_tokens(about, names):
+        assert token is not None
         yield torch.cat([text[:, :1], text.new_full((BATCH, count), token), text[:, 1:]], dim=1)
     yield text
     limit = about.size("max_position_embeddings", "n_positions", default=64)
     yield about.ids(BATCH, min(64, limit))
+    if (books := about.size("num_codebooks", default=1)) > 1:
+        yield about.ids(BATCH * books, LENGTH)
 
 
 def _flattened(about: _About, names: Names) -> Iterator[Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_map_only
 
 from rewrite.structure.flow import Flow, Projection
@@ -25,22 +26,50 @@ def channels(flow: Flow, projection: Projection, target: fx.Node) -> tuple[bool,
     return None if found is None else tuple((found.movedim(projection.channel, 0).flatten(1) != 0).any(1).tolist())
 
 
-def slope(flow: Flow, start: fx.Node, target: fx.Node, part: Callable[[Tensor], Tensor] | None = None) -> Tensor | None:
-    """The derivative of (a part of) `target` by `start`, on random numbers; None where replaying fails."""
+def slope(flow: Flow, start: fx.Node, target: fx.Node, lane: int | None = None) -> Tensor | None:
+    """The derivative of `target` by `start`, on random numbers; None where replaying fails.
+
+    With `lane`, of the last vector along that dimension of `target` alone.
+    """
     after = flow.segment_after(start)
     if target not in after:
         return None
     segment = after & flow.segment_before(target)
     nodes = [n for n in sorted(segment, key=flow.order.__getitem__) if n is not start]
+    key = _key(flow, start, nodes, lane)  # one layer is like another
+    if key not in flow.slopes:
+        flow.slopes[key] = _slope(flow, start, nodes, target, lane)
+    return flow.slopes[key]
+
+
+def _slope(flow: Flow, start: fx.Node, nodes: list[fx.Node], target: fx.Node, lane: int | None) -> Tensor | None:
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
         begin = _random(start.meta["val"]).requires_grad_()
         try:
             end = _run(flow, nodes, {start: begin * 1.0}, target)
-            end = end if part is None else part(end)
+            end = end if lane is None else end.movedim(lane, -1).flatten(0, -2)[-1]
             return torch.autograd.grad((end * torch.rand_like(end)).sum(), begin)[0]
         except Exception:  # an operator that cannot run on random numbers
             return None
+
+
+def _key(flow: Flow, start: fx.Node, nodes: list[fx.Node], lane: int | None) -> str:
+    """Equal for segments that compute the same: operators, literals, and shapes of what comes from outside."""
+    numbers = {node: number for number, node in enumerate((start, *nodes))}
+
+    def name(node: fx.Node) -> str:
+        val = node.meta["val"]
+        if node in numbers:
+            return f"%{numbers[node]}"
+        index = not isinstance(val, Value) or not (val.dtype.is_floating_point or val.dtype.is_complex)
+        return f"{val}" + (f"@{flow.order[node]}" if index else "")
+
+    steps = [
+        f"{n.target}{map_aggregate((n.args, n.kwargs), lambda a: name(a) if isinstance(a, fx.Node) else a)}"
+        for n in nodes
+    ]
+    return f"{start.meta['val']} {lane} " + " ".join(steps)
 
 
 def _run(flow: Flow, nodes: Iterable[fx.Node], known: dict[fx.Node, Any], target: fx.Node) -> Tensor:

@@ -229,3 +229,36 @@ def test_an_untied_model_saves_and_loads_both_weights(site: str, tmp_path: Path)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, dtype=torch.float64)
     assert_close(loaded(**batch("gpt2")).logits, expected, 1e-12)
+
+
+def test_one_adapter_for_both_uses_of_a_tied_weight():
+    torch._dynamo.reset()
+    model, inputs = build("gpt2"), batch("gpt2")
+    base, expected = frozen(model), model(**inputs).loss
+    rewrite.compile(model, "lora(r=4)@tied", backend="eager")
+    assert_close(model.forward(**inputs).loss, expected)
+    disturb(model)
+    eager, slopes = model.forward(**inputs), None
+    eager.loss.backward()
+    slopes = gradients(model)
+    model(**inputs).loss.backward()
+    assert len(slopes) == 2
+    assert_same(gradients(model), slopes)
+    (record,) = records_of(model)
+    assert "factor_embedding" in record.after
+    assert "factor_linear" in record.after
+    merged = rewrite.merge(copy.deepcopy(model))
+    assert merged.lm_head.weight is merged.transformer.wte.weight
+    assert_close(merged(**inputs).loss, eager.loss)
+    rewrite.remove(model)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert not changed(base, frozen(model))
+
+
+def test_a_weight_adapted_for_both_and_for_one_is_not_parted():
+    model = disturb(rewrite.attach(build("gpt2"), "lora(r=2)@tied,head"))
+    before = model(**batch("gpt2")).loss
+    for untie in (False, True):
+        with pytest.raises(rewrite.RewriteError, match="Nothing was merged"):
+            rewrite.merge(model, untie=untie)
+    assert_close(model(**batch("gpt2")).loss, before)

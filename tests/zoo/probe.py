@@ -145,7 +145,7 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             # Written in Python: its body is to be seen too, and must not ask this mode again.
-            with mock.patch.object(F, "has_torch_function", lambda *_: False), self:
+            with mock.patch.object(F, "has_torch_function", return_value=False), self:
                 return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             self.record(*_first_three(args, kwargs))
