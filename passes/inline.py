@@ -87,7 +87,7 @@ class _Recorder(TorchFunctionMode):
         step = {sympy.Mul: operator.mul, sympy.Add: operator.add}.get(expr.func)
         if step is None:
             raise NotImplementedError(f"no node for the size {expr}")
-        parts = [self.size(part) for part in expr.args]
+        parts = [self.size(part) for part in expr.args]  # type: ignore[arg-type]
         return functools.reduce(lambda a, b: self.made(self.builder.graph.call_function(step, (a, b))), parts)
 
     def made(self, node: fx.Node) -> fx.Node:

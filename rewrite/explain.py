@@ -161,13 +161,14 @@ def _operators(record: GraphRecord, state: Attachment) -> list[str]:
     """Which operator computes each adapted module of a graph, and why not the fused one."""
     reasons = {note.site: note.text for note in record.notes}
     fused = served_by(record.passes)
+    factored = {e.site for p in record.passes if p.name == "factor" for e in p.edits}
     serving: dict[tuple[str, str], list[str]] = defaultdict(list)
     names = captured_as(_computed(state), record)
     for path, grafts in _computed(state).items():
         if (site := names.get(path)) is None:
             continue
         labels = ", ".join(dict.fromkeys(g.label for g in grafts))
-        reason = reasons.get(site, "" if site in fused else "no rule for it")
+        reason = reasons.get(site, "" if site in fused | factored else "no rule for it")
         op = PLAIN if site not in fused else f"{FUSED}, {PLAIN}" if reason else FUSED
         serving[(op, f"{labels}: {reason}" if reason else labels)].append(path)
     rows = [("operator", "sites", "where", "what")]

@@ -7,6 +7,7 @@ of them is norms, activation functions, rotary embeddings, splits and views.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ class Flow:
         self.local = self._cut(cuts)
         self.residual = {n for n in self.data if self._is_residual(n)}
         self.segments = self._cut(cuts | self.residual)
+        self.depthwise: set[fx.Node] = set()
 
     # --- what a node is ---
 
@@ -196,12 +198,24 @@ class Flow:
         graph.add_edges_from((a, b) for a, b in self.graph.edges if a in data and b in data and b not in cut)
         return graph
 
+    def through_depthwise(self) -> Flow:
+        """The same dataflow with segments that run on through depthwise convolutions: some queries take one."""
+        found = copy.copy(self)
+        found.slopes = {}
+        found.depthwise = {n for n, p in self.projections.items() if p.kind == "conv" and p.width == 1}
+        cuts = {*self.projections, *self.mixers} - found.depthwise
+        found.local = self._cut(cuts)
+        found.residual = {n for n in self.residual if found._is_residual(n)}
+        found.segments = self._cut(cuts | found.residual)
+        return found
+
     # --- questions ---
 
     def sources(self, node: fx.Node) -> list[Projection]:
         """The projections whose outputs a node is made of, in program order."""
         around = self.segment_before(node)
-        return [self.projections[n] for n in sorted(around, key=self.order.__getitem__) if n in self.projections]
+        made = [n for n in around if n in self.projections and n not in self.depthwise]
+        return [self.projections[n] for n in sorted(made, key=self.order.__getitem__)]
 
     def segment_before(self, node: fx.Node) -> set[fx.Node]:
         """Everything that a node is made of, back to projections, mixers and residual adds, with these."""
@@ -238,7 +252,7 @@ def _operands(node: fx.Node, name: str) -> tuple[fx.Node, fx.Node] | None:
     if start is None:
         return None
     pair = node.args[start : start + 2]
-    return (pair[0], pair[1]) if len(pair) == 2 and all(isinstance(a, fx.Node) for a in pair) else None
+    return (pair[0], pair[1]) if len(pair) == 2 and all(isinstance(a, fx.Node) for a in pair) else None  # type: ignore[return-value]
 
 
 def _counts(node: fx.Node) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import networkx as nx
 from torch import fx
 
 from rewrite.structure.attention import Attention, attentions
@@ -75,8 +76,8 @@ class _Deriver:
             found.uses.setdefault(projection.parameter, use)
         for name, use in found.uses.items():
             use.called = all(_own_call(flow, p) for p in flow.by_parameter[name])
-        attended = attentions(flow)
-        for attention in attended:
+        self.through = flow.through_depthwise()
+        for attention in attentions(self.through):
             self.attention(attention)
         self.heads(trace)
         self.feed_forward()
@@ -88,21 +89,41 @@ class _Deriver:
 
     def attention(self, attention: Attention) -> None:
         """Query, key, value and output projections of one attention."""
-        flow = self.flow
-        behind = {role: flow.sources(getattr(attention, role)) for role in "qkv"}
-        outputs = [flow.projections[r] for r in flow.readers(attention.out) if r in flow.projections]
+        flow, scope = self.through, attention.scope[-1] if attention.scope else ""
+        home = self.block(scope)
+        behind = {role: self.inside(home, self.behind(attention, getattr(attention, role))) for role in "qkv"}
         if not behind["q"] and not behind["k"]:
             return
         cross = self.is_cross(behind["q"], behind["k"])
         for role, projections in behind.items():
             for projection in projections:
                 self.add(projection, f"attn.{role}", channels(flow, projection, getattr(attention, role)), cross)
+        outputs = self.outputs(home, scope, attention.out)
         for projection in outputs:
             self.add(projection, "attn.o", None, cross)
         members = [p for ps in behind.values() for p in ps] + outputs[:1]
-        owner = common([p.owner for p in members] + [attention.scope[-1] if attention.scope else ""])
+        owner = common([p.owner for p in members] + [scope])
         if len(owner) > len(self.block(members[0].parameter)):
             self.found.attention[owner] = self.found.attention.get(owner, False) or cross
+
+    def outputs(self, block: str, scope: str, out: fx.Node) -> list[Projection]:
+        """The projections right behind an attention: of those that read it, the nearest by module."""
+        readers = [self.through.projections[r] for r in self.through.readers(out) if r in self.through.projections]
+        depth = {p: len(common([p.owner, scope])) for p in self.inside(block, readers)}
+        return [p for p, shared in depth.items() if shared == max(depth.values())]
+
+    def behind(self, attention: Attention, node: fx.Node) -> list[Projection]:
+        """What an operand is made of; past residual adds of the attention's own, where there is nothing else."""
+        found = self.through.sources(node)
+        if found or not attention.scope:
+            return found
+        known = self.through.projections
+        around = [known[n] for n in nx.ancestors(self.through.local, node) if n in known]
+        return [p for p in around if p.owner.startswith(f"{attention.scope[-1]}.")]
+
+    def inside(self, block: str, projections: list[Projection]) -> list[Projection]:
+        """Those in a block, where any are: a model may mix streams in ways that no cut tells apart."""
+        return [p for p in projections if self.block(p.parameter) == block] or projections
 
     def is_cross(self, q: list[Projection], k: list[Projection]) -> bool:
         """Whether keys come from another stream than queries."""
@@ -180,7 +201,7 @@ def _own_call(flow: Flow, projection: Projection) -> bool:
     scope = projection.scope
     if not scope or scope[-1] != path:
         return False
-    calls = [c for c in flow.trace.calls if c.path == path and c.inputs and c.outputs]
+    calls = [c for c in flow.trace.calls if c.path == path and c.single and c.inputs and c.outputs]
     # A convolution pads its input first, which its map knows of.
     return any(
         (projection.kind == "conv" or flow.strip(projection.x) is flow.strip(call.inputs[0]))

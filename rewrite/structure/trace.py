@@ -35,11 +35,12 @@ LARGE = 4 << 30
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: the nodes of its tensor arguments and of its result, where each is one tensor."""
+    """One call of a module: the nodes of its tensor arguments and of its result, a tensor or (not `single`) several."""
 
     path: str
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
+    single: bool = True
 
 
 @dataclass
@@ -238,7 +239,7 @@ class Recorder(TorchDispatchMode):
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             outputs = tuple(self.node(t) for t in _tensors(output))
-            self.trace.calls.append(Call(self.scope.pop(), entered.pop(), outputs))
+            self.trace.calls.append(Call(self.scope.pop(), entered.pop(), outputs, isinstance(output, Tensor)))
 
         handles = [
             hooks.register_module_forward_pre_hook(enter),

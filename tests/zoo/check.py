@@ -33,9 +33,9 @@ from tests.zoo.build import KINDS, Case, cases
 from tests.zoo.probe import attention_operands
 
 SPECS = ("lora(r=4)@attn.q,v", "lora(r=4)@linear")
-LOSS, GRADIENT = 1e-6, 1e-5
-"""Largest relative differences allowed.  Not tighter, since many models compute norms and rotary embeddings in
-float32 whatever their dtype, so that a rounding in the last bit of float64 may become one of float32."""
+LOSS, GRADIENT = 1e-6, 1e-4
+"""Largest relative differences allowed.  Not tighter, since many models compute norms, rotary embeddings and routers
+in float32 whatever their dtype, so that a rounding in the last bit of float64 becomes one of float32."""
 
 
 @dataclass
@@ -172,24 +172,34 @@ class Checker:
         """An adapter of attn.q in the first layer that has one moves queries alone; of attn.v, values alone."""
         said = []
         for role in "qv":
-            model = copy.deepcopy(self.model)
-            # Linear attention is not seen by the probe.
-            sites = [s for s in rewrite.plan(model, f"attn.{role}").sites if "mixer" not in s.roles]
-            first = sites[0].path if sites else ""
-            rewrite.attach(model, f"lora(r=4)@attn.{role}")
-            for name, parameter in model.named_parameters():
-                if name.startswith(f"{first}.") and parameter.requires_grad:
-                    with torch.no_grad():
-                        parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(5))
-            now = attention_operands(model, self.batch)
-            if not self.operands or not now or len(now) != len(self.operands):
-                self.result.probe = "not seen"
-                return
-            moved = next((m for old, new in zip(self.operands, now, strict=True) if (m := old.moved(new))), set())
+            # Linear attention is not seen by the probe; a tower that the batch does not reach moves nothing.
+            sites = [s for s in rewrite.plan(self.model, f"attn.{role}").sites if "mixer" not in s.roles]
+            moved, site = set(), None
+            for site in sites[:6]:
+                now = self.moved(role, site.path)
+                if now is None:
+                    self.result.probe = "not seen"
+                    return
+                if moved := now:
+                    break
             said.append(f"{role}->{'+'.join(sorted(moved)) or 'nothing'}")
-            if moved != {role}:
-                self.fail(f"probe: an adapter of attn.{role} at {first} moves {sorted(moved) or 'nothing'}")
+            # Where keys are the values too, both move.
+            if moved != {r for r in "qkv" if site and f"attn.{r}" in site.roles}:
+                where = site.path if site else "no site"
+                self.fail(f"probe: an adapter of attn.{role} at {where} moves {sorted(moved) or 'nothing'}")
         self.result.probe = " ".join(said)
+
+    def moved(self, role: str, path: str) -> set[str] | None:
+        """What an adapter of a role at one module changes in the first attention that it changes; None: not seen."""
+        model = rewrite.attach(copy.deepcopy(self.model), f"lora(r=4)@attn.{role}")
+        for name, parameter in model.named_parameters():
+            if name.startswith(f"{path}.") and parameter.requires_grad:
+                with torch.no_grad():
+                    parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(5))
+        now = attention_operands(model, self.batch)
+        if not self.operands or not now or len(now) != len(self.operands):
+            return None
+        return next((m for old, new in zip(self.operands, now, strict=True) if (m := old.moved(new))), set())
 
 
 def _double(case: Case) -> tuple[nn.Module, dict[str, Any]]:

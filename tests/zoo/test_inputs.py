@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewrite.structure.inputs import BATCH, Inputs, candidates
+from rewrite.structure.about import BATCH
+from rewrite.structure.inputs import Inputs, candidates
 
 
 def running(model: nn.Module) -> tuple[int, Inputs]:
