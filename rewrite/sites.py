@@ -120,6 +120,7 @@ class _Finder:
         self.named = {_parent(p.path) for p in self.linears if self.where(p.path)[0] and _hint(p.path, "q", "qkv")}
         self.routed = {self.block(path) for path, use in self.uses("router") if self.block(path)}
         self.disagreements: list[str] = []
+        self.unreached = 0
 
     def uses(self, role: str) -> Iterator[tuple[str, Use]]:
         for name, use in self.seen.uses.items() if self.seen else ():
@@ -132,6 +133,11 @@ class _Finder:
             found.append(
                 f"roles go by names and shapes: no forward of this {self.inventory.model} could be recorded "
                 f"({self.inventory.untraced}); pass a batch, inputs={{...}}"
+            )
+        if self.seen and self.unreached:
+            found.append(
+                f"{self.unreached} projections were not reached by the recorded forward: their roles go by names; "
+                "a batch that reaches them, inputs={...}, tells more"
             )
         for text in self.disagreements[:3]:
             found.append(text)
@@ -177,6 +183,7 @@ class _Finder:
             yield (("head",) if place.tied else ("head", "linear")), None
         elif place.kind in ("linear", "expert"):
             use = self.seen.uses.get(f"{place.path}.{place.tensor}".lstrip(".")) if self.seen else None
+            self.unreached += use is None and self.where(place.path)[0] is not None
             yield from self.by_graph(place, use) if use is not None else self.by_name(place)
         else:
             yield ("other",), None

@@ -25,7 +25,11 @@ def of(model: nn.Module, batch: Inputs | None, blocks: tuple[str, ...]) -> Struc
     same = _signature(model)
     if batch is None and model in _known and _known[model][0] == same:
         return _known[model][1]
-    found = derive(record(model, batch), blocks)
+    traced = record(model, batch)
+    try:
+        found = derive(traced, blocks)
+    except Exception as error:  # of a graph unlike any other; names are left to go by, and the plan says so
+        raise TraceError(f"its graph could not be read, {type(error).__name__}: {error}") from error
     _known[model] = same, found
     return found
 

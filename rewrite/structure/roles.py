@@ -115,7 +115,7 @@ class _Deriver:
     def behind(self, attention: Attention, node: fx.Node) -> list[Projection]:
         """What an operand is made of; past residual adds of the attention's own, where there is nothing else."""
         found = self.through.sources(node)
-        if found or not attention.scope:
+        if found or not attention.scope or node not in self.through.data:
             return found
         known = self.through.projections
         around = [known[n] for n in nx.ancestors(self.through.local, node) if n in known]

@@ -27,6 +27,8 @@ import transformers
 from torch import nn
 
 import rewrite
+from rewrite import inventory
+from rewrite.runtime.attach import adapter_state
 from rewrite.sites import HINTS
 from tests.models import changed, disturb, frozen, gradients, traces
 from tests.zoo.build import KINDS, Case, cases
@@ -130,7 +132,7 @@ class Checker:
         if self.result.graphs[spec] > self.result.graphs["base"]:
             self.fail(f"{spec}: {self.result.graphs[spec]} graphs, the base has {self.result.graphs['base']}")
         self.compare(spec, eager, slopes, *compiled)
-        self.merge(spec, copy.deepcopy(model), eager)
+        self.merge(spec, model, eager)
         rewrite.remove(model)
         if differing := changed(self.base, frozen(model)):
             self.fail(f"{spec}: after remove {len(differing)} tensors differ, such as {differing[0]}")
@@ -138,12 +140,18 @@ class Checker:
             self.fail(f"{spec}: remove leaves {left[0]}")
 
     def nameless(self, model: nn.Module, spec: str, plan: Any) -> None:
-        """Whether the same sites are found without the table of names."""
+        """Whether the same sites are found without the table of names, of what the forward reaches."""
+        seen = inventory.take(model).structure
+
+        def reached(plan: Any) -> list[str]:
+            sites = [s for s in plan.sites if seen and f"{s.path}.{s.place.tensor}" in seen.uses]
+            return [s.name for s in sites]
+
         with mock.patch.dict(HINTS, dict.fromkeys(HINTS, re.compile(r"(?!)"))):
             try:
-                same = [s.name for s in rewrite.plan(model, spec).sites] == [s.name for s in plan.sites]
+                same = reached(rewrite.plan(model, spec)) == reached(plan)
             except rewrite.ResolveError:
-                same = False
+                same = not reached(plan)
         self.result.by_names += [] if same else [spec]
 
     def compare(self, spec: str, eager: float, slopes: dict[str, torch.Tensor], loss: float, compiled: Any) -> None:
@@ -162,9 +170,12 @@ class Checker:
                 return
 
     def merge(self, spec: str, model: nn.Module, eager: float) -> None:
-        rewrite.merge(model)
+        # Not a copy: some models hold on to states that cannot be copied.
+        twin = rewrite.attach(copy.deepcopy(self.model), spec)
         with torch.no_grad():
-            merged = float(self.loss(model))
+            for name, value in adapter_state(model).items():
+                adapter_state(twin)[name].copy_(value)
+            merged = float(self.loss(rewrite.merge(twin)))
         if not _close(merged, eager, LOSS):
             self.fail(f"{spec}: merged loss {merged!r}, adapted {eager!r}")
 
@@ -246,19 +257,42 @@ def rows(results: list[Result]) -> Iterator[str]:
         yield f"| {r.name} | {r.kind} | {' | '.join(counts)} | {graphs} | {r.probe or '-'} | {verdict} |"
 
 
+def page(results: list[Result]) -> str:
+    """docs/zoo.md: counts per kind and the whole table."""
+    titles = "kind", "architectures", "ok", "fall short", "skipped", "same sites without names"
+    counts = [f"| {' | '.join(titles)} |", "|---|---|---|---|---|---|"]
+    for kind in dict.fromkeys(r.kind for r in results):
+        some = [r for r in results if r.kind == kind]
+        tried = [r for r in some if not r.skip]
+        nameless = sum(not r.by_names for r in tried)
+        short = sum(bool(r.failures) for r in tried)
+        numbers = len(some), len(tried) - short, short, len(some) - len(tried), f"{nameless} of {len(tried)}"
+        counts.append(f"| {kind} | {' | '.join(map(str, numbers))} |")
+    text = Path(__file__).with_name("page.md").read_text(encoding="utf-8")
+    versions = f"torch {torch.__version__.partition('+')[0]}, transformers {transformers.__version__}"
+    return text.format(versions=versions, counts="\n".join(counts), table="\n".join(rows(results)))
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("kinds", nargs="*")
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--part", default="0/1", help="i/n: every n-th architecture from the i-th")
     parser.add_argument("--json", help="where results are appended, a line each")
+    parser.add_argument("--page", help="run nothing: print docs/zoo.md from such a file")
     args = parser.parse_args(argv)
+    if args.page:
+        lines = Path(args.page).read_text().splitlines()
+        found = [Result(**json.loads(line)) for line in lines]
+        order = list(KINDS)
+        print(page(sorted(found, key=lambda r: (order.index(r.kind), r.name))))
+        return
     quiet()
     part, parts = map(int, args.part.split("/"))
     chosen = [c for kind in args.kinds or KINDS for c in cases(kind) if not args.only or c.name in args.only]
     for case in chosen[part::parts]:
         result = check(case)
-        print(f"{result.seconds:6.1f} s  {next(iter(list(rows([result]))[2:]))}", flush=True)
+        print(f"{result.seconds:6.1f} s  {list(rows([result]))[2]}", flush=True)
         if args.json:
             with Path(args.json).open("a") as file:
                 file.write(json.dumps(asdict(result)) + "\n")
