@@ -112,6 +112,8 @@ def refined(places: Sequence[Place], seen: Structure) -> tuple[Place, ...]:
         own = uses.get(place.tensor)
         if own is not None and (place.kind in ("linear", "conv", "embedding")):
             found.append(_as_used(place, own))
+        elif _name(place.path, place.tensor) in seen.outside:  # in a way that is not understood
+            found.append(dataclasses.replace(place, called=False))
         elif place.kind == "expert":  # seen as a tensor of its module
             continue
         elif uses:

@@ -119,6 +119,7 @@ class _Finder:
         self.linears = [p for p in inventory.places if p.kind == "linear" and p.called]
         self.named = {_parent(p.path) for p in self.linears if self.where(p.path)[0] and _hint(p.path, "q", "qkv")}
         self.routed = {self.block(path) for path, use in self.uses("router") if self.block(path)}
+        self.embeddings = {p.path for p in inventory.places if p.kind == "embedding"}
         self.disagreements: list[str] = []
         self.unreached = 0
 
@@ -177,7 +178,8 @@ class _Finder:
         elif place.kind == "embedding":
             yield (("embed",) if self.where(place.path)[0] is None else ("other",)), None
         elif place.kind == "conv":
-            yield ("conv",), None
+            use = self.seen.uses.get(f"{place.path}.{place.tensor}") if self.seen else None
+            yield from self.by_graph(place, use) if use is not None and use.parts else [(("conv",), None)]
         elif place.kind == "linear" and self.is_head(place):
             # A tied head is the embedding's matrix: `linear` and `base` leave it alone.
             yield (("head",) if place.tied else ("head", "linear")), None
@@ -189,6 +191,8 @@ class _Finder:
             yield ("other",), None
 
     def is_head(self, place: Place) -> bool:
+        if any(path in self.embeddings for path in place.tied):
+            return True
         if self.inventory.head is not None:
             return place.path == self.inventory.head
         if self.where(place.path)[0] is not None:
@@ -198,7 +202,7 @@ class _Finder:
 
     def by_graph(self, place: Place, use: Use) -> Iterator[Found]:
         """Roles of a projection that was seen at work."""
-        general = ("linear", "base") if place.kind == "linear" else ("base",)
+        general = {"linear": ("linear", "base"), "conv": ("conv",)}.get(place.kind, ("base",))
         parts = [
             p for p in use.parts if p.role != "head" and (self.where(place.path)[0] or not p.role.startswith("ffn"))
         ]

@@ -209,6 +209,12 @@ class Flow:
         found.segments = self._cut(cuts | found.residual)
         return found
 
+    def past_residuals(self) -> Flow:
+        """The same dataflow with segments that run on through residual adds."""
+        found = copy.copy(self)
+        found.slopes, found.segments = {}, self.local
+        return found
+
     # --- questions ---
 
     def sources(self, node: fx.Node) -> list[Projection]:

@@ -5,9 +5,9 @@ Everything here comes from dataflow and from which module contains which; no nam
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import networkx as nx
 from torch import fx
 
 from rewrite.structure.attention import Attention, attentions
@@ -47,6 +47,7 @@ class Structure:
     attention: dict[str, bool] = field(default_factory=dict)  # module path -> cross
     mixers: set[str] = field(default_factory=set)
     residual: set[str] = field(default_factory=set)
+    outside: set[str] = field(default_factory=set)  # parameters read outside of their own module's call
     real: bool = False
 
 
@@ -84,6 +85,7 @@ class _Deriver:
         self.routers()
         found.mixers = {p for n in flow.mixers for p in n.meta["scope"]} - set(found.attention)
         found.residual = {p for n in flow.residual for p in n.meta["scope"]}
+        found.outside = set(_read_outside(trace))
         found.real = trace.real
         return found
 
@@ -117,9 +119,10 @@ class _Deriver:
         found = self.through.sources(node)
         if found or not attention.scope or node not in self.through.data:
             return found
-        known = self.through.projections
-        around = [known[n] for n in nx.ancestors(self.through.local, node) if n in known]
-        return [p for p in around if p.owner.startswith(f"{attention.scope[-1]}.")]
+        wide = self.through.past_residuals()
+        around = [p for p in wide.sources(node) if p.owner.startswith(f"{attention.scope[-1]}.")]
+        masks = [channels(wide, p, node) for p in around]
+        return [p for p, mask in zip(around, masks, strict=True) if mask is None or any(mask)]
 
     def inside(self, block: str, projections: list[Projection]) -> list[Projection]:
         """Those in a block, where any are: a model may mix streams in ways that no cut tells apart."""
@@ -193,6 +196,15 @@ class _Deriver:
             after = self.flow.segment_after(projection.out)
             if after & results and not any(name_of(n) in ACTIVATION for n in after):
                 use.parts.append(Part("head"))
+
+
+def _read_outside(trace: Trace) -> Iterator[str]:
+    """Names of the parameters that somebody else than the module that holds them reads."""
+    for node in trace.graph.find_nodes(op="placeholder"):
+        readers = {user.meta["scope"][-1] if user.meta["scope"] else "" for user in node.users}
+        owners = {name.rpartition(".")[0] for name in node.meta.get("names", ())}
+        if readers - owners:
+            yield from node.meta.get("names", ())
 
 
 def _own_call(flow: Flow, projection: Projection) -> bool:
