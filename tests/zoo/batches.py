@@ -79,9 +79,7 @@ def loss_of(output: Any) -> Tensor:
 
 
 def differs(value: Any) -> bool:
-    return (
-        isinstance(value, Tensor) and value.is_floating_point() and value.requires_grad and bool(value.isfinite().all())
-    )
+    return isinstance(value, Tensor) and value.is_floating_point() and bool(value.isfinite().all())
 
 
 def weights(value: Tensor) -> Tensor:
