@@ -112,14 +112,14 @@ def refined(places: Sequence[Place], seen: Structure) -> tuple[Place, ...]:
         own = uses.get(place.tensor)
         if own is not None and (place.kind in ("linear", "conv", "embedding")):
             found.append(_as_used(place, own))
-        elif _name(place.path, place.tensor) in seen.outside:  # in a way that is not understood
-            found.append(dataclasses.replace(place, called=False))
         elif place.kind == "expert":  # seen as a tensor of its module
             continue
         elif uses:
             rest = tuple((n, shape) for n, shape in place.tensors if n not in uses)
             found += [dataclasses.replace(place, tensors=rest)] if rest else []
             found += [_read(place, n, use) for n, use in uses.items()]
+        elif _name(place.path, place.tensor) in seen.outside:  # in a way that is not understood
+            found.append(dataclasses.replace(place, called=False))
         else:
             found.append(place)
     return tuple(found)

@@ -47,7 +47,7 @@ def test_commands_parse(command: str):
     program, *argv = shlex.split(command)
     args = cli._parser().parse_args(argv)
     assert program == "rewrite"
-    rewrite.parse(getattr(args, "spec", "lora@linear"))
+    rewrite.parse(getattr(args, "spec", None) or "lora@linear")
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake ([a-z]+)", TEXT))))

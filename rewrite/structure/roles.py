@@ -214,10 +214,8 @@ def _own_call(flow: Flow, projection: Projection) -> bool:
     if not scope or scope[-1] != path:
         return False
     calls = [c for c in flow.trace.calls if c.path == path and c.single and c.inputs and c.outputs]
-    # A convolution pads its input first, which its map knows of.
     return any(
-        (projection.kind == "conv" or flow.strip(projection.x) is flow.strip(call.inputs[0]))
-        and _bare_output(flow, projection.out, call.outputs[0])
+        flow.strip(projection.x) is flow.strip(call.inputs[0]) and _bare_output(flow, projection.out, call.outputs[0])
         for call in calls
     )
 

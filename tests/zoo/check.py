@@ -136,7 +136,7 @@ class Checker:
         rewrite.remove(model)
         if differing := changed(self.base, frozen(model)):
             self.fail(f"{spec}: after remove {len(differing)} tensors differ, such as {differing[0]}")
-        if left := traces(model):
+        if left := [trace for trace in traces(model) if trace not in traces(self.model)]:
             self.fail(f"{spec}: remove leaves {left[0]}")
 
     def nameless(self, model: nn.Module, spec: str, plan: Any) -> None:

@@ -18,8 +18,8 @@ SAMPLE = {
     ),
     "encoder": ("deberta-v2",),
     "encoder-decoder": ("bart",),
-    "vision": ("swin", "segformer"),
-    "audio": ("wav2vec2",),
+    "vision": ("beit", "convnext"),
+    "audio": ("whisper",),
     "multimodal": ("clip",),
 }
 EVERY = {kind: cases(kind) for kind in KINDS}
