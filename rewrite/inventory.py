@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 from rewrite import structure
 from rewrite.codegen.maps import LINEAR, LayerMap, Matmul
 from rewrite.layers import is_conv1d, layer_of, layer_of_reader
+from rewrite.paths import joined
 from rewrite.structure.inputs import Inputs
 from rewrite.structure.program import of_program
 from rewrite.structure.roles import Structure, Use
@@ -45,6 +46,11 @@ class Place:
     called: bool = True  # a parent may read its weight without calling it (nn.MultiheadAttention)
     tensor: str = "weight"
     map: LayerMap = LINEAR
+
+    @property
+    def parameter(self) -> str:
+        """The name of its weight in the model."""
+        return joined(self.path, self.tensor)
 
     @property
     def stored(self) -> tuple[int, ...]:
@@ -108,7 +114,7 @@ def refined(places: Sequence[Place], seen: Structure) -> tuple[Place, ...]:
     """Places as a trace saw them used: which weights their module applies itself, and weights under other names."""
     found: list[Place] = []
     for place in places:
-        uses = {n: u for n, _ in place.tensors if (u := seen.uses.get(_name(place.path, n))) is not None}
+        uses = {n: u for n, _ in place.tensors if (u := seen.uses.get(joined(place.path, n))) is not None}
         own = uses.get(place.tensor)
         if own is not None and (place.kind in ("linear", "conv", "embedding")):
             found.append(_as_used(place, own))
@@ -118,7 +124,7 @@ def refined(places: Sequence[Place], seen: Structure) -> tuple[Place, ...]:
             rest = tuple((n, shape) for n, shape in place.tensors if n not in uses)
             found += [dataclasses.replace(place, tensors=rest)] if rest else []
             found += [_read(place, n, use) for n, use in uses.items()]
-        elif _name(place.path, place.tensor) in seen.outside:  # in a way that is not understood
+        elif place.parameter in seen.outside:  # in a way that is not understood
             found.append(dataclasses.replace(place, called=False))
         else:
             found.append(place)
@@ -126,23 +132,24 @@ def refined(places: Sequence[Place], seen: Structure) -> tuple[Place, ...]:
 
 
 def _as_used(place: Place, use: Use) -> Place:
-    layer = Matmul(use.output > (use.input or 0)) if place.kind == "linear" else place.map
+    layer = _product(use) if place.kind == "linear" else place.map
     return dataclasses.replace(place, called=place.called and use.called, map=layer)
 
 
 def _read(place: Place, tensor: str, use: Use) -> Place:
     """The place of one weight among the tensors of a module."""
     shape = dict(place.tensors)[tensor]
-    kind: Kind = "expert" if use.kind == "expert" else "linear" if use.kind == "linear" else "other"
-    layer = Matmul(use.output > (use.input or 0)) if use.kind in ("expert", "linear") else LINEAR
+    kind: Kind = use.kind if use.kind in ("expert", "linear") else "other"
+    layer = LINEAR if kind == "other" else _product(use)
     return dataclasses.replace(
         place, kind=kind, tensors=((tensor, shape),), shape=layer.matrix_shape(shape), tensor=tensor, map=layer,
         called=use.called, tied=place.tied if tensor == place.tensor else (),
     )  # fmt: skip
 
 
-def _name(path: str, tensor: str) -> str:
-    return f"{path}.{tensor}" if path else tensor
+def _product(use: Use) -> Matmul:
+    """How a weight was seen multiplied: output channels last, where they come behind those that are summed over."""
+    return Matmul(use.output > (use.input or 0))
 
 
 def take_exported(program: ExportedProgram) -> Inventory:
@@ -249,9 +256,7 @@ def _kind_of(cls: type | None, weight: torch.Tensor | None) -> Kind:
 def _uncalled(model: nn.Module) -> set[str]:
     """Paths of modules whose weight their parent reads without calling them."""
     return {
-        f"{path}.out_proj" if path else "out_proj"
-        for path, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention)
+        joined(path, "out_proj") for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)
     }
 
 

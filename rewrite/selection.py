@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rewrite.errors import ResolveError, nearest
 from rewrite.inventory import Inventory
+from rewrite.paths import upwards
 from rewrite.sites import Site, find
 from rewrite.spec import Clause, Selector, Term
 
@@ -108,15 +109,9 @@ def _overlap(site: Site, other: Site) -> bool:
 
 
 def _named(term: Term, site: Site) -> bool:
+    """Whether a term selects a site; a pattern that names a container names what is in it."""
     if term.kind == "role":
         return term.text in site.roles
     if term.kind == "glob":
-        return any(fnmatch.fnmatchcase(path, term.text) for path in _upwards(site.weight))
-    return any(re.fullmatch(term.text, path) for path in _upwards(site.weight))
-
-
-def _upwards(path: str) -> Iterable[str]:
-    """A path and all that contain it: a pattern that names a container names what is in it."""
-    while path:
-        yield path
-        path = path.rpartition(".")[0]
+        return any(fnmatch.fnmatchcase(path, term.text) for path in upwards(site.weight))
+    return any(re.fullmatch(term.text, path) for path in upwards(site.weight))

@@ -15,6 +15,7 @@ import torch
 
 from rewrite.codegen.maps import LINEAR, Rows
 from rewrite.inventory import Inventory, Place
+from rewrite.paths import element_of, parent, upwards
 from rewrite.structure.roles import Part, Use
 from rewrite.structure.rows import regular
 
@@ -88,7 +89,7 @@ class Site:
     @property
     def weight(self) -> str:
         """Its weight by name, without a final `.weight`: `h.0.attn.c_attn`, `layers.0.mlp.experts.down_proj`."""
-        return self.path if self.place.tensor == "weight" else f"{self.path}.{self.place.tensor}".lstrip(".")
+        return self.path if self.place.tensor == "weight" else self.place.parameter
 
     @property
     def name(self) -> str:
@@ -117,11 +118,15 @@ class _Finder:
         self.seen = inventory.structure
         self.stacks = _stacks(inventory)
         self.linears = [p for p in inventory.places if p.kind == "linear" and p.called]
-        self.named = {_parent(p.path) for p in self.linears if self.where(p.path)[0] and _hint(p.path, "q", "qkv")}
+        self.named = {parent(p.path) for p in self.linears if self.where(p.path)[0] and _hint(p.path, "q", "qkv")}
         self.routed = {self.block(path) for path, use in self.uses("router") if self.block(path)}
         self.embeddings = {p.path for p in inventory.places if p.kind == "embedding"}
         self.disagreements: list[str] = []
         self.unreached = 0
+
+    def use(self, place: Place) -> Use | None:
+        """How the recorded forward uses the weight of a place."""
+        return self.seen.uses.get(place.parameter) if self.seen else None
 
     def uses(self, role: str) -> Iterator[tuple[str, Use]]:
         for name, use in self.seen.uses.items() if self.seen else ():
@@ -148,22 +153,18 @@ class _Finder:
 
     # --- where a place is ---
 
-    def where(self, path: str) -> tuple[str | None, int | None, str]:
-        """(stack, layer, path inside the block) of a module."""
-        for block, (stack, number) in self.stacks.get(_list_of(path, self.inventory.blocks), {}).items():
-            if path == block or path.startswith(f"{block}."):
-                return stack, number, path[len(block) + 1 :]
-        return None, None, path
+    def where(self, path: str) -> tuple[str | None, int | None]:
+        """(stack, layer) of a module."""
+        return self.stacks.get(self.block(path), (None, None))
 
     def block(self, path: str) -> str:
         """Path of the block that a module is in, '' for none."""
-        inside = self.where(path)[2]
-        return path[: -len(inside) - 1] if inside != path and inside else ("" if inside == path else path)
+        return element_of(path, self.inventory.blocks)
 
     # --- roles ---
 
     def sites(self, place: Place) -> Iterator[Site]:
-        stack, layer, _ = self.where(place.path)
+        stack, layer = self.where(place.path)
         for roles, rows in self.roles(place):
             yield Site(place, (*roles, *_in_stack(roles, place.path, stack)), rows, stack, layer)
         if place.kind == "embedding" and place.tied:
@@ -178,13 +179,13 @@ class _Finder:
         elif place.kind == "embedding":
             yield (("embed",) if self.where(place.path)[0] is None else ("other",)), None
         elif place.kind == "conv":
-            use = self.seen.uses.get(f"{place.path}.{place.tensor}") if self.seen else None
+            use = self.use(place)
             yield from self.by_graph(place, use) if use is not None and use.parts else [(("conv",), None)]
         elif place.kind == "linear" and self.is_head(place):
             # A tied head is the embedding's matrix: `linear` and `base` leave it alone.
             yield (("head",) if place.tied else ("head", "linear")), None
         elif place.kind in ("linear", "expert"):
-            use = self.seen.uses.get(f"{place.path}.{place.tensor}".lstrip(".")) if self.seen else None
+            use = self.use(place)
             self.unreached += use is None and self.where(place.path)[0] is not None
             yield from self.by_graph(place, use) if use is not None else self.by_name(place)
         else:
@@ -198,7 +199,7 @@ class _Finder:
         if self.where(place.path)[0] is not None:
             return False
         heads = {name for name, _ in self.uses("head")}
-        return f"{place.path}.{place.tensor}" in heads or bool(_hint(place.path, "head"))
+        return place.parameter in heads or bool(_hint(place.path, "head"))
 
     def by_graph(self, place: Place, use: Use) -> Iterator[Found]:
         """Roles of a projection that was seen at work."""
@@ -241,11 +242,11 @@ class _Finder:
     def around(self, place: Place) -> tuple[str, ...]:
         """Words for a projection without a role of its own: those of the mixer that it stands in."""
         assert self.seen is not None
-        owner = next((p for p in _upwards(place.path) if p in self.seen.attention), None)
+        owner = next((p for p in upwards(place.path) if p in self.seen.attention), None)
         if owner is not None and self.block(owner) != owner:
             return ("cross", "attn") if self.seen.attention[owner] else ("attn",)
         block = self.block(place.path)
-        inside = [p for p in _upwards(place.path) if block and p.startswith(f"{block}.")]
+        inside = [p for p in upwards(place.path) if block and p.startswith(f"{block}.")]
         if not any(p in self.seen.mixers for p in inside):
             return ()
         part = _hint(place.path, "q", "k", "v")
@@ -254,8 +255,8 @@ class _Finder:
     def is_expert(self, path: str) -> bool:
         """Whether a module stands in a list of alike ones, inside a block that routes."""
         block = self.block(path)
-        inside = [p for p in _upwards(path) if p.startswith(f"{block}.")]
-        return block in self.routed and any(_parent(p) in self.inventory.lists for p in inside)
+        inside = [p for p in upwards(path) if p.startswith(f"{block}.")]
+        return block in self.routed and any(parent(p) in self.inventory.lists for p in inside)
 
     def compare(self, place: Place, parts: list[Part]) -> None:
         """Note where a name says another role than the graph, which wins."""
@@ -288,15 +289,15 @@ class _Finder:
 
     def attention_scope(self, path: str, block: str) -> str | None:
         """The attention module, inside its block, that a projection belongs to."""
-        scope = _parent(path)
+        scope = parent(path)
         while scope.startswith(f"{block}."):
             inside = [a for a in self.named if a == scope or a.startswith(f"{scope}.")]
             if inside:
                 return inside[0]
-            if _parent(scope) in self.inventory.lists:  # an element of a list does not speak for the others
+            if parent(scope) in self.inventory.lists:  # an element of a list does not speak for the others
                 return None
-            scope = _parent(scope)
-        return block if block in self.named and _parent(path) == block and _hint(path, "q", "k", "v", "qkv") else None
+            scope = parent(scope)
+        return block if block in self.named and parent(path) == block and _hint(path, "q", "k", "v", "qkv") else None
 
     def is_cross(self, scope: str, block: str) -> bool:
         return any(HINTS["cross"].search(part) for part in scope.removeprefix(block).split(".") if part)
@@ -312,10 +313,10 @@ class _Finder:
         return "down" if rows == columns and place.path == last else "up"
 
 
-def _stacks(inventory: Inventory) -> dict[str, dict[str, tuple[str, int]]]:
-    """List of blocks -> block -> (stack, layer); lists inside one outer list are one stack, counted through."""
+def _stacks(inventory: Inventory) -> dict[str, tuple[str, int]]:
+    """Block -> (stack, layer); lists inside one outer list are one stack, counted through."""
     outer = [p for p in inventory.lists if not any(p.startswith(f"{q}.") for q in inventory.lists)]
-    found: dict[str, dict[str, tuple[str, int]]] = {}
+    found: dict[str, tuple[str, int]] = {}
     counts: dict[str, int] = {}
     for path in inventory.blocks:
         nested = next((o for o in outer if path.startswith(f"{o}.")), None)
@@ -324,17 +325,13 @@ def _stacks(inventory: Inventory) -> dict[str, dict[str, tuple[str, int]]]:
         for number in numbers:
             at = counts.setdefault(stack, 0) if stack != path else number
             counts[stack] = counts.get(stack, 0) + 1
-            found.setdefault(path, {})[f"{path}.{number}"] = (stack, at)
+            found[f"{path}.{number}"] = (stack, at)
     return found
 
 
 def _number(path: str, stack: str) -> str | None:
     head = path[len(stack) + 1 :].partition(".")[0] if path.startswith(f"{stack}.") else ""
     return head if head.isdigit() else None
-
-
-def _list_of(path: str, blocks: Iterable[str]) -> str:
-    return next((b for b in blocks if path.startswith(f"{b}.")), "")
 
 
 def _in_stack(roles: Iterable[str], path: str, stack: str | None) -> list[str]:
@@ -346,14 +343,3 @@ def _in_stack(roles: Iterable[str], path: str, stack: str | None) -> list[str]:
 
 def _hint(path: str, *roles: str) -> str | None:
     return next((role for role in roles if role in HINTS and HINTS[role].search(path)), None)
-
-
-def _parent(path: str) -> str:
-    return path.rpartition(".")[0]
-
-
-def _upwards(path: str) -> Iterator[str]:
-    """A path and all modules that contain it."""
-    while path:
-        yield path
-        path = _parent(path)

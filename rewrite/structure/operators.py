@@ -65,11 +65,6 @@ ACTIVATION = {
     *("prelu", "rrelu", "relu6", "threshold", "glu", "silu_", "relu_", "gelu_", "sigmoid_", "tanh_", "hardswish_"),
     *("hardtanh_", "leaky_relu_", "elu_", "where", "maximum", "sin", "cos", "log1p"),
 }
-NORMALISATION = {
-    *("native_layer_norm", "layer_norm", "native_group_norm", "group_norm", "native_batch_norm", "batch_norm"),
-    *("_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "rms_norm"),
-    *("_fused_rms_norm", "miopen_batch_norm", "_batch_norm_with_update", "instance_norm"),
-}
 SELECTION = {"topk", "argmax", "sort", "argsort"}
 """How a router chooses."""
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from rewrite.paths import element_of, list_of, parent
 from rewrite.structure.attention import Attention, attentions
 from rewrite.structure.feedforward import feed_forwards
 from rewrite.structure.flow import Flow, Projection, common
@@ -48,7 +49,6 @@ class Structure:
     mixers: set[str] = field(default_factory=set)
     residual: set[str] = field(default_factory=set)
     outside: set[str] = field(default_factory=set)  # parameters read outside of their own module's call
-    real: bool = False
 
 
 def derive(trace: Trace, blocks: tuple[str, ...] = ()) -> Structure:
@@ -63,12 +63,11 @@ class _Deriver:
 
     def stack(self, path: str) -> str:
         """The list of blocks that a path is in."""
-        return next((b for b in self.blocks if path.startswith(f"{b}.")), "")
+        return list_of(path, self.blocks)
 
     def block(self, path: str) -> str:
         """The block that a path is in."""
-        stack = self.stack(path)
-        return f"{stack}.{path[len(stack) + 1 :].partition('.')[0]}" if stack else ""
+        return element_of(path, self.blocks)
 
     def structure(self, trace: Trace) -> Structure:
         flow, found = self.flow, self.found
@@ -86,7 +85,6 @@ class _Deriver:
         found.mixers = {p for n in flow.mixers for p in n.meta["scope"]} - set(found.attention)
         found.residual = {p for n in flow.residual for p in n.meta["scope"]}
         found.outside = set(_read_outside(trace))
-        found.real = trace.real
         return found
 
     def attention(self, attention: Attention) -> None:
@@ -130,8 +128,7 @@ class _Deriver:
 
     def is_cross(self, q: list[Projection], k: list[Projection]) -> bool:
         """Whether keys come from another stream than queries."""
-        inside = [p for p in (*q, *k)]
-        scope = common(p.owner for p in inside)
+        scope = common(p.owner for p in (*q, *k))
         queries, keys = ({s for p in side for s in self.stream(p.x, scope)} for side in (q, k))
         if not queries or not keys or queries & keys:
             return False
@@ -202,14 +199,14 @@ def _read_outside(trace: Trace) -> Iterator[str]:
     """Names of the parameters that somebody else than the module that holds them reads."""
     for node in trace.graph.find_nodes(op="placeholder"):
         readers = {user.meta["scope"][-1] if user.meta["scope"] else "" for user in node.users}
-        owners = {name.rpartition(".")[0] for name in node.meta.get("names", ())}
+        owners = {parent(name) for name in node.meta.get("names", ())}
         if readers - owners:
             yield from node.meta.get("names", ())
 
 
 def _own_call(flow: Flow, projection: Projection) -> bool:
     """Whether the module that owns the parameter is called, and its call is this product and a bias."""
-    path, _, _ = projection.parameter.rpartition(".")
+    path = projection.owner
     scope = projection.scope
     if not scope or scope[-1] != path:
         return False

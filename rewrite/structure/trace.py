@@ -54,7 +54,6 @@ class Trace:
 
     graph: fx.Graph = field(default_factory=fx.Graph)
     calls: list[Call] = field(default_factory=list)
-    real: bool = False  # run on real tensors, since the forward asks for values
 
 
 class TraceError(Exception):
@@ -119,9 +118,7 @@ def _real(model: nn.Module, batch: Inputs) -> Trace:
     modes = {m: m.training for m in model.modules()}
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
     try:
-        found = _recorded(model.eval(), batch.args, batch.kwargs)
-        found.real = True
-        return found
+        return _recorded(model.eval(), batch.args, batch.kwargs)
     finally:
         for module, training in modes.items():
             module.training = training
