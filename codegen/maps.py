@@ -111,9 +111,27 @@ class LayerMap:
         """B (d_out, r) on the channels of `shrink`, at every position: the channels of the layer's output."""
         raise NotImplementedError
 
+    def product(self, x: Any, matrix: Any) -> Any:
+        """The layer on its input x with that matrix (d_out, d_in) in place of its weight, and no bias."""
+        raise NotImplementedError
+
     def outputs(self, rows: int) -> int:
         """How many channels the layer's output has, for a matrix of that many rows: the length of a bias."""
         return rows
+
+    def inputs(self, shape: Sequence[int]) -> int:
+        """How many channels the layer's input has, for a weight stored with `shape`."""
+        return self.matrix_shape(shape)[-1]
+
+    def scaled(self, weight: Any, scale: Any) -> Any:
+        """A stored weight with every channel of the layer's output scaled: scale (outputs,)."""
+        if weight.ndim == 1:  # a vector scales channels itself
+            return weight * scale
+        return self.stored(self.matrix(weight) * scale[:, None], weight.shape)
+
+    def scaled_inputs(self, weight: Any, scale: Any) -> Any:
+        """A stored weight with every channel of the layer's input scaled: scale (inputs,)."""
+        return self.stored(self.matrix(weight) * scale, weight.shape)
 
     def broadcast(self, shift: Any) -> Any:
         """A shift (outputs,) so that it adds to the layer's output."""
@@ -149,6 +167,9 @@ class Matmul(LayerMap):
     def expand(self, h: Any, B: Any) -> Any:
         return F.linear(h, B)
 
+    def product(self, x: Any, matrix: Any) -> Any:
+        return F.linear(x, matrix)
+
 
 LINEAR = Matmul()
 
@@ -183,6 +204,9 @@ class Lookup(LayerMap):
 
     def expand(self, h: Any, B: Any) -> Any:
         return F.linear(h, B)
+
+    def product(self, x: Any, matrix: Any) -> Any:
+        return self.shrink(x, matrix)
 
 
 _CONVOLUTIONS: dict[int, Callable[..., Any]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -231,7 +255,11 @@ class Convolution(LayerMap):
         return weight.transpose(0, 1) if self.transposed else weight
 
     def shrink(self, x: Any, A: Any) -> Any:
-        weight = self.stored(A, ())
+        everywhere = self.groups > 1 and not self.transposed
+        return self.product(x, A.repeat(self.groups, 1) if everywhere else A)
+
+    def product(self, x: Any, matrix: Any) -> Any:
+        weight = self.stored(matrix, ())
         if self.transposed:
             return _TRANSPOSED[len(self.kernel)](
                 x, weight, None, self.stride, self.padding, self.output_padding, self.groups, self.dilation
@@ -239,8 +267,6 @@ class Convolution(LayerMap):
         padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._sides(), mode=self.padding_mode), 0
-        if self.groups > 1:
-            weight = weight.repeat(self.groups, 1, *(1,) * len(self.kernel))
         return _CONVOLUTIONS[len(self.kernel)](x, weight, None, self.stride, padding, self.dilation, self.groups)
 
     def expand(self, h: Any, B: Any) -> Any:
@@ -250,6 +276,23 @@ class Convolution(LayerMap):
 
     def outputs(self, rows: int) -> int:
         return rows * self.groups if self.transposed else rows
+
+    def inputs(self, shape: Sequence[int]) -> int:
+        return shape[0] if self.transposed else shape[1] * self.groups
+
+    def scaled(self, weight: Any, scale: Any) -> Any:
+        if not self.transposed:
+            return super().scaled(weight, scale)
+        by_group = weight.unflatten(0, (self.groups, -1))  # (groups, in, out, *kernel)
+        by = scale.view(self.groups, 1, -1, *(1,) * len(self.kernel))
+        return (by_group * by).flatten(0, 1)
+
+    def scaled_inputs(self, weight: Any, scale: Any) -> Any:
+        if self.transposed:
+            return weight * scale.view(-1, *(1,) * (len(self.kernel) + 1))
+        by_group = weight.unflatten(0, (self.groups, -1))  # (groups, out, in, *kernel)
+        by = scale.view(self.groups, 1, -1, *(1,) * len(self.kernel))
+        return (by_group * by).flatten(0, 1)
 
     def broadcast(self, shift: Any) -> Any:
         return shift.unflatten(0, (-1, *(1,) * len(self.kernel)))

@@ -16,14 +16,20 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 
 def splice(
-    graph: fx.Graph, function: Callable[..., Any], inputs: Sequence[fx.Node], after: fx.Node, rule: str
+    graph: fx.Graph, function: Callable[..., Any], inputs: Sequence[fx.Node | None], after: fx.Node, rule: str
 ) -> fx.Node:
-    """Insert `function(*inputs)` behind `after` as ATen nodes; returns the node of its result."""
-    values = [node.meta["val"] for node in inputs]
+    """Insert `function(*inputs)` behind `after` as ATen nodes; returns the node of its result.  None stays None."""
+    given = [node for node in inputs if node is not None]
+    values = [node.meta["val"] for node in given]
+
+    def call(*present: Any) -> Any:
+        rest = iter(present)
+        return function(*(None if node is None else next(rest) for node in inputs))
+
     mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
     with mode, torch.no_grad():
-        traced = make_fx(function, pre_dispatch=True)(*values)
-    mapping: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
+        traced = make_fx(call, pre_dispatch=True)(*values)
+    mapping: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), given, strict=True))
     last = after
     for node in traced.graph.nodes:
         if node.op in ("placeholder", "output"):

@@ -1,37 +1,43 @@
-"""From placements to grafts: every derived behaviour of a method comes from its one view, here.
+"""From placements to grafts: where a method takes hold, and whether its factors or its dense matrix are computed.
 
-A typed function is made once per (method, layout of its tensors), so that all sites of a clause, and all copies
-of a model, share it.
+What is computed there, `rewrite.functions` derives from the method's one view.
 """
 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-import rewrite.codegen.ops  # noqa: F401  (defines torch.ops.rewrite)
-from rewrite.codegen.maps import LayerMap, Matmul, Rows
-from rewrite.codegen.typed import typed
-from rewrite.method import Method, Param
+from rewrite import functions
+from rewrite.codegen.forms import IN, OUT, TOKENS, Base, Form
+from rewrite.codegen.maps import Matmul
+from rewrite.functions import Here
+from rewrite.method import Method, Param, states
 from rewrite.planning import Placement, Plan
-from rewrite.runtime.graft import Graft, Slot
+from rewrite.runtime.graft import Behaviour, Graft, Slot
 from rewrite.sites import Site
 
 Tensor = torch.Tensor
+TOKENS_AT_HAND = 2048
+"""Tokens in a step at which costs are compared: what a site sees is not known when it is lowered."""
 
 
 def grafts(plan: Plan) -> list[Graft]:
     """The grafts of a plan, in its order."""
-    return [lower(placement) for placement in plan.placements]
+    changed = Counter(p.site.weight for p in plan.placements if p.method.view() in ("weight", "delta"))
+    made = [lower(placed, alone=changed[placed.site.weight] < 2) for placed in plan.placements]
+    return _shared(made)
 
 
-def lower(placed: Placement) -> Graft:
-    """One placement as a graft."""
+def lower(placed: Placement, alone: bool = True) -> Graft:
+    """One placement as a graft; `alone` says that no other method changes the same weight."""
     site, method = placed.site, placed.method
+    params, view, clause = method.params(site), method.view(), str(placed.clause)
     common: dict[str, Any] = {
         "path": site.path,
         "name": placed.name,
@@ -40,152 +46,154 @@ def lower(placed: Placement) -> Graft:
         "map": site.place.map,
         "rows": site.rows,
         "label": str(placed.clause.call).removesuffix("()"),
+        "adapter": placed.clause.label,
+        "stage": STAGES.index(view),
     }
-    return _LOWER[method.view()](method, site, common)
-
-
-def _delta(method: Method, site: Site, common: dict[str, Any]) -> Graft:
-    params = method.params(site)
-    names = tuple(params)
-    make, where = (_branch, "output") if site.place.called else (_updated, "weight")
+    if view == "storage":
+        return _storage(method, site, common)
+    if view == "train":
+        slots = {name: Slot(shape, site.dtype) for name, shape in placed.trained}
+        return Graft(where="train", slots=slots, **common)
+    here = Here(method, tuple(params), site.rows, site.place.map, bool(placed.clause.label))
     return Graft(
-        where=where,
-        op=make(method, names, site.rows, site.place.map),
-        slots=_slots(params, site.dtype),
+        slots=_slots(params, site.dtype, clause),
         initialise=functools.partial(_initialise, method, params),
-        delta=functools.partial(_structured, method, names),
+        merged=functions.merged(here),
         sharers=site.place.tied if site.shared else (),
+        behaviour=_behaviour(method, clause),
+        **_MAKE[view](here, site, alone),
         **common,
     )
 
 
-def _output(method: Method, site: Site, common: dict[str, Any]) -> Graft:
-    params = method.params(site)
-    return Graft(
-        where="output",
-        op=_activation(method, tuple(params), site.rows, site.place.map),
-        slots=_slots(params, site.dtype),
-        initialise=functools.partial(_initialise, method, params),
-        **common,
-    )
+STAGES = ("storage", "weight", "delta", "output", "input", "train")
+"""The order in which methods at one site compose, whatever their order in the spec; within a stage, that of the spec.
+
+A rewritten weight is that of the base, updates add to it, and what scales an output scales all of it.
+"""
 
 
-def _weight(method: Method, site: Site, common: dict[str, Any]) -> Graft:
-    params = method.params(site)
-    names = tuple(params)
-    return Graft(
-        where="weight",
-        op=_reparametrised(method, names, site.rows, site.place.map),
-        slots=_slots(params, site.dtype),
-        initialise=functools.partial(_initialise, method, params),
-        sharers=site.place.tied if site.shared else (),
-        **common,
-    )
+def _delta(here: Here, site: Site, alone: bool) -> dict[str, Any]:
+    factored, shifts = _decided(here, _shapes(here, site), site.in_features, site.out_features)
+    route = "factored" if factored else "materialised"
+    if site.place.called and (factored or shifts or getattr(here.method, "dropout", 0.0)):
+        return {"where": "output", "op": functions.branch(here, factored), "route": route}
+    return {"where": "weight", "op": functions.updated(here), "route": route}
+
+
+def _weight(here: Here, site: Site, alone: bool) -> dict[str, Any]:
+    factored, shifts = _decided(here, _shapes(here, site), site.in_features, site.out_features)
+    factored = factored and alone and site.rows is None
+    route = "factored" if factored else "materialised"
+    needs_input = shifts or bool(getattr(here.method, "dropout", 0.0))
+    if site.place.called and isinstance(here.layer, Matmul) and (factored or needs_input):
+        op, reads = functions.rewritten_branch(here, factored), (site.place.tensor, "bias")
+        return {"where": "output", "op": op, "route": route, "reads": reads}
+    return {"where": "weight", "op": functions.reparametrised(here), "route": route}
+
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+def _shapes(here: Here, site: Site) -> Shapes:
+    """Shapes of the weight as a matrix and of the tensors of a method."""
+    return (*site.leading, site.out_features, site.in_features), *(p.shape for p in here.method.params(site).values())
+
+
+@functools.cache
+def _decided(here: Here, shapes: Shapes, columns: int, rows: int) -> tuple[bool, bool]:
+    """(whether a method computes with its factors, whether it shifts the bias) at sites of these shapes."""
+    W, *theta = (torch.empty(shape, device="meta") for shape in shapes)
+    named, method = dict(zip(here.names, theta, strict=True)), here.method
+    if method.view() == "delta":
+        form: Form | Tensor = method.delta(**named)
+        shifts = form.shift() is not None
+    else:
+        form, shifts = method.weight(Base(W), **named), states(method, "shifted")
+    factored = isinstance(form, Form) and form.has_factors(here.layer) and _cheaper(form, columns, rows)
+    return factored, shifts
+
+
+def _cheaper(form: Form, columns: int, rows: int) -> bool:
+    """Whether a training step through the factors costs less than one with the dense matrix.
+
+    A backward pass costs twice its forward; that of a weight which is formed has the gradient of all of it.  Light
+    factors go without saying: they keep everything of the size of the weight out of the backward pass.
+    """
+    if form.is_light():
+        return True
+    factored, dense = 3 * form.cost(), 3 * form.formation() + TOKENS * IN * OUT
+    return bool((dense - factored).subs({TOKENS: TOKENS_AT_HAND, IN: columns, OUT: rows}) >= 0)
+
+
+def _output(here: Here, site: Site, alone: bool) -> dict[str, Any]:
+    return {"where": "output", "op": functions.activation(here)}
+
+
+def _input(here: Here, site: Site, alone: bool) -> dict[str, Any]:
+    return {"where": "input", "op": functions.fed(here)}
+
+
+_MAKE: dict[str, Callable[[Here, Site, bool], dict[str, Any]]] = {
+    "delta": _delta,
+    "weight": _weight,
+    "output": _output,
+    "input": _input,
+}
 
 
 def _storage(method: Method, site: Site, common: dict[str, Any]) -> Graft:
     whole = {**common, "rows": None}
     return Graft(
         where="storage",
-        op=_stored(method.name, str(method.layout(site))),
+        op=functions.stored(method.name, str(method.layout(site))),
         encode=method.encode,
         read=method.read,
         **whole,
     )
 
 
-def _train(method: Method, site: Site, common: dict[str, Any]) -> Graft:
-    slots = {name: Slot(shape, site.dtype) for name, shape in site.place.tensors}
-    return Graft(where="train", slots=slots, **common)
+def _behaviour(method: Method, clause: str) -> Behaviour:
+    return Behaviour(
+        clause,
+        method.regulariser if states(method, "regulariser") else None,
+        method.schedule if states(method, "schedule") else None,
+        method.calibration,
+        method.calibrated if states(method, "calibrated") else None,
+    )
 
 
-_LOWER: dict[str, Callable[[Method, Site, dict[str, Any]], Graft]] = {
-    "delta": _delta,
-    "output": _output,
-    "weight": _weight,
-    "storage": _storage,
-    "train": _train,
-}
-
-
-def _slots(params: dict[str, Param], base: torch.dtype) -> dict[str, Slot]:
+def _slots(params: dict[str, Param], base: torch.dtype, clause: str) -> dict[str, Slot]:
     # Adapters of a half-precision base train in float32; they are cast down in the graph, activations never up.
     dtype = torch.float32 if base.itemsize < 4 else base
-    return {name: Slot(p.shape, dtype, p.trainable) for name, p in params.items()}
+    return {
+        name: Slot(p.shape, dtype, p.trainable, f"{clause}.{name}" if p.shared else "", p.lr, p.decay, fill=p.init)
+        for name, p in params.items()
+    }
 
 
-def _initialise(method: Method, params: dict[str, Param], W: Tensor) -> dict[str, Tensor]:
-    dtype = torch.float32 if W.dtype.itemsize < 4 else W.dtype
-    theta = {name: torch.empty(p.shape, dtype=dtype, device=W.device) for name, p in params.items()}
+def _shared(made: list[Graft]) -> list[Graft]:
+    """Grafts whose shared tensors know how large they are: as the largest site of their clause needs them."""
+    whole: dict[str, tuple[int, ...]] = {}
+    for graft in made:
+        for slot in graft.slots.values():
+            if slot.shared:
+                known = whole.get(slot.shared, slot.shape)
+                whole[slot.shared] = tuple(map(max, known, slot.shape))
+    return [_widened(graft, whole) for graft in made]
+
+
+def _widened(graft: Graft, whole: dict[str, tuple[int, ...]]) -> Graft:
+    if not any(slot.shared for slot in graft.slots.values()):
+        return graft
+    slots = {n: replace(s, whole=whole[s.shared]) if s.shared else s for n, s in graft.slots.items()}
+    return replace(graft, slots=slots)
+
+
+def _initialise(method: Method, params: dict[str, Param], W: Tensor, held: dict[str, Tensor]) -> None:
+    """Fill the tensors of a graft, `held`, for the matrix W."""
     for name, param in params.items():
-        param.init(theta[name])
-    method.initialise(W.to(dtype), theta)
-    return theta
-
-
-def _structured(method: Method, names: tuple[str, ...], *theta: Tensor) -> Any:
-    return method.delta(**dict(zip(names, theta, strict=True)))
-
-
-@functools.cache
-def _branch(method: Method, names: tuple[str, ...], rows: Rows | None, layer: LayerMap) -> Callable[..., Any]:
-    """`y + delta(theta).apply(dropout(x))`, on the rows of the site."""
-    dropout = getattr(method, "dropout", 0.0)
-
-    def reference(x: Any, y: Any, *theta: Any, training: bool) -> Any:
-        x = F.dropout(x, dropout, training) if dropout and training else x
-        like = y if layer.reads_ids else None
-        for term in _structured(method, names, *theta).terms():
-            if rows is None:
-                update = term.apply(x, layer, like=like)
-            elif rows.count == 1 and isinstance(layer, Matmul):  # the fused operator writes those columns alone
-                update = rows.put(term.apply(x, layer, like=like), layer.channel)
-            else:
-                update = term.spread(rows).apply(x, layer, like=like)
-            y = y + update
-        return y
-
-    return typed(method.name, "branch", reference)
-
-
-@functools.cache
-def _updated(method: Method, names: tuple[str, ...], rows: Rows | None, layer: LayerMap) -> Callable[..., Any]:
-    """`W + delta(theta)`, on the rows of the site: for a weight that is read without calling its layer."""
-
-    def reference(W: Any, *theta: Any) -> Any:
-        return _structured(method, names, *theta).add_to(W, layer, rows)
-
-    return typed(method.name, "weight", reference)
-
-
-@functools.cache
-def _activation(method: Method, names: tuple[str, ...], rows: Rows | None, layer: LayerMap) -> Callable[..., Any]:
-    def reference(x: Any, y: Any, *theta: Any, training: bool) -> Any:
-        named = dict(zip(names, theta, strict=True))
-        if rows is None:
-            return method.output(x, y, **named)
-        part = method.output(x, rows.take(y, layer.channel), **named)
-        return rows.replace(y, part, layer.channel)
-
-    return typed(method.name, "branch", reference)
-
-
-@functools.cache
-def _reparametrised(method: Method, names: tuple[str, ...], rows: Rows | None, layer: LayerMap) -> Callable[..., Any]:
-    def reference(W: Any, *theta: Any) -> Any:
-        named, matrix = dict(zip(names, theta, strict=True)), layer.matrix(W)
-        if rows is None:
-            changed = method.weight(matrix, **named)
-        else:
-            changed = rows.replace(matrix, method.weight(rows.take(matrix), **named))
-        return layer.stored(changed, W.shape)
-
-    return typed(method.name, "weight", reference)
-
-
-@functools.cache
-def _stored(name: str, layout: str) -> Callable[..., Any]:
-    def reference(*stored: Any) -> Any:
-        return torch.ops.rewrite.decode(list(stored), layout)
-
-    return typed(name, "storage", reference)
+        if not param.shared:  # filled once, as a whole
+            param.init(held[name])
+    dtype = next((t.dtype for t in held.values()), W.dtype)
+    method.initialise(W.to(dtype), held)

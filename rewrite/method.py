@@ -2,26 +2,28 @@
 
 A method states its maths once, by overriding exactly one view:
 
-- `delta(**theta)`            a structured update of the weight (`rewrite.codegen.delta`), e.g. low rank
-- `weight(W, **theta)`        any reparameterised weight
+- `delta(**theta)`            a structured update of the weight (`rewrite.codegen.forms`), e.g. low rank
+- `weight(W, **theta)`        a rewritten weight, over the weight itself as a form; `shifted(W, b, ...)` is its bias
 - `output(x, y, **theta)`     a branch on a module's input and output
+- `input(x, **theta)`         a change of a module's input
 - `encode(W)` / `decode(...)` a storage format of the weight itself
-- nothing, with `trains = True`: the base tensors of the site are trained
+- nothing, with `trains`:     base tensors of the site are trained
 
-`rewrite/lower.py` derives forward, merge, saving and cost from that view.  Nothing here touches a model.
+`rewrite/lower.py` derives forward, merge, saving and cost from that view.  What a method does besides (`schedule`,
+`regulariser`, `calibrated`) is driven by `rewrite.step` and its siblings.  Nothing here touches a model.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
 from rewrite.codegen import storage
-from rewrite.codegen.delta import Delta
+from rewrite.codegen.forms import Form
 
 if TYPE_CHECKING:
     from rewrite.sites import Site
@@ -54,12 +56,17 @@ def arg(
 class Param:
     """One tensor of a method at a site: shape, how it starts, and whether it trains.
 
-    `init` fills an empty tensor in place (as `torch.nn.init` functions do).
+    `init` fills an empty tensor in place (as `torch.nn.init` functions do).  A `shared` one is one tensor for all sites
+    of the clause, as large as the largest of them, of which every site sees its leading part.  `lr` is the factor on
+    the learning rate, and without `decay` an optimizer leaves it alone (`rewrite.parameter_groups`).
     """
 
     shape: tuple[int, ...]
     init: Callable[[Tensor], Any] = torch.nn.init.zeros_
     trainable: bool = True
+    shared: bool = False
+    lr: float = 1.0
+    decay: bool = True
 
 
 def kaiming(tensor: Tensor) -> Tensor:
@@ -83,7 +90,9 @@ class Method:
     positional_sites: ClassVar[bool] = False
     default_sites: ClassVar[str | None] = None
     identity: ClassVar[bool] = True  # changes the function by nothing at step 0
-    trains: ClassVar[bool] = False
+    trains: ClassVar[bool | tuple[str, ...]] = False  # the base tensors of the site: all, or those of these names
+    pointwise: ClassVar[bool] = False  # `output` or `input` scales and shifts every channel alone, so that it merges
+    calibration: ClassVar[Literal["inputs", "gradients"] | None] = None  # what `calibrated` wants to see
     paper: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -101,17 +110,39 @@ class Method:
         """Why this method cannot stand at a site, or None."""
         return None
 
-    def delta(self, **theta: Any) -> Delta:
+    def delta(self, **theta: Any) -> Form:
         """A structured update of the weight."""
         raise NotImplementedError
 
-    def weight(self, W: Tensor, **theta: Tensor) -> Tensor:
-        """The reparameterised matrix W (..., d_out, d_in) of a weight."""
+    def weight(self, W: Any, **theta: Any) -> Form | Tensor:
+        """The rewritten matrix W (..., d_out, d_in) of a weight: forms over `W`, or any function of it as a tensor."""
         raise NotImplementedError
 
-    def output(self, x: Tensor, y: Tensor, **theta: Tensor) -> Tensor:
-        """The changed output of a module with input x and output y."""
+    def shifted(self, W: Any, b: Tensor | None, **theta: Any) -> Tensor | None:
+        """The bias that goes with `weight`."""
+        return b
+
+    def output(self, x: Tensor, y: Tensor, **theta: Any) -> Tensor:
+        """The changed output of a module with input x and output y, channels last."""
         raise NotImplementedError
+
+    def input(self, x: Tensor, **theta: Any) -> Tensor:
+        """The changed input of a module, channels last."""
+        raise NotImplementedError
+
+    def regulariser(self, **theta: Any) -> Tensor | None:
+        """A term of the loss for one site, or None (`rewrite.regulariser`)."""
+        return None
+
+    def schedule(self, step: int, sites: Sequence[Mapping[str, Tensor]]) -> None:
+        """What happens after optimizer step number `step` (from 1), in place, to the tensors of all its sites.
+
+        Gradients are still there; the optimizer's state of an entry that is set to zero is cleared with it.
+        """
+
+    def calibrated(self, W: Tensor, theta: dict[str, Tensor], seen: Tensor) -> None:
+        """Fill `theta` in place from data: `seen` is the second moment of a site's inputs, (d_in, d_in), or the
+        gradient of its weight, (d_out, d_in), as `calibration` says, averaged over the batches."""
 
     def encode(self, W: Tensor) -> tuple[Tensor, ...]:
         """The stored tensors of the matrix W (..., d_out, d_in) of a weight."""
@@ -126,15 +157,21 @@ class Method:
         return None
 
     def view(self) -> str:
-        """The one view that this method states: delta, weight, output, storage or train."""
+        """The one view that this method states: delta, weight, output, input, storage or train."""
         if self.trains:
             return "train"
-        stated = [
-            v for v in ("delta", "weight", "output", "encode") if getattr(type(self), v) is not getattr(Method, v)
-        ]
+        stated = [v for v in VIEWS if states(self, v)]
         if len(stated) != 1:
             raise TypeError(f"method {self.name} must state exactly one view, it states {stated or 'none'}")
         return "storage" if stated == ["encode"] else stated[0]
+
+
+VIEWS = ("delta", "weight", "output", "input", "encode")
+
+
+def states(method: Method, name: str) -> bool:
+    """Whether a method overrides what the base class has under a name."""
+    return getattr(type(method), name) is not getattr(Method, name)
 
 
 def refusal(method: Method, site: Site) -> str | None:
@@ -142,20 +179,28 @@ def refusal(method: Method, site: Site) -> str | None:
     if (reason := method.fits(site)) is not None:
         return reason
     dropout, view = getattr(method, "dropout", 0.0), method.view()
-    if site.place.map.reads_ids and view == "delta" and dropout:
-        return "dropout drops activations, and this layer reads ids: set dropout=0 there"
+    if site.place.map.reads_ids and (view == "input" or dropout):
+        return "it changes activations, and this layer reads ids" + (": set dropout=0 there" if dropout else "")
+    if site.rows is not None and (view == "input" or states(method, "shifted")):
+        return f"it changes the {'input' if view == 'input' else 'bias'} of the whole layer, and this is a part of it"
     if site.place.called:
         return None
-    if view == "output":
-        return "it changes the output of a layer, and this weight is read without calling one"
-    if view == "delta" and dropout:
+    if view in ("output", "input"):
+        return f"it changes the {view} of a layer, and this weight is read without calling one"
+    if view in ("delta", "weight") and dropout:
         return "dropout drops inputs of a layer, and this weight is read without calling one: set dropout=0 there"
-    if view == "delta" and _shift(method, site):
+    if shifts(method, site):
         return "it shifts the output of a layer, and this weight is read without calling one"
     return None
 
 
-def _shift(method: Method, site: Site) -> bool:
+def on_meta(method: Method, site: Site) -> dict[str, Tensor]:
+    """The tensors of a method at a site without their values."""
+    return {name: torch.empty(p.shape, device="meta") for name, p in method.params(site).items()}
+
+
+def shifts(method: Method, site: Site) -> bool:
     """Whether a method updates the bias too."""
-    theta = {name: torch.empty(p.shape, device="meta") for name, p in method.params(site).items()}
-    return method.delta(**theta).shift() is not None
+    if method.view() == "delta":
+        return method.delta(**on_meta(method, site)).shift() is not None
+    return method.view() == "weight" and states(method, "shifted")

@@ -28,11 +28,17 @@ class Placement:
     name: str  # of the adapter at its module, unique there
 
     @property
+    def trained(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """(name, shape) of the base tensors that this placement trains."""
+        trains, tensors = self.method.trains, self.site.place.tensors
+        return tuple(t for t in tensors if trains is True or (trains and t[0] in trains))
+
+    @property
     def trainable(self) -> int:
-        """How many numbers this placement trains."""
-        if self.method.trains:
-            return sum(_numel(shape) for _, shape in self.site.place.tensors)
-        return sum(_numel(p.shape) for p in self.method.params(self.site).values() if p.trainable)
+        """How many numbers this placement trains, but for those that it shares with others."""
+        params = self.method.params(self.site).values()
+        own = sum(_numel(p.shape) for p in params if p.trainable and not p.shared)
+        return own + sum(_numel(shape) for _, shape in self.trained)
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,13 @@ class Plan:
 
     @property
     def trainable(self) -> int:
-        return sum(p.trainable for p in self.placements)
+        shared: dict[tuple[int, str], tuple[int, ...]] = {}  # as large as the largest site of the clause
+        for placed in self.placements:
+            for name, p in placed.method.params(placed.site).items():
+                if p.shared and p.trainable:
+                    key = (id(placed.clause), name)
+                    shared[key] = tuple(map(max, shared.get(key, p.shape), p.shape))
+        return sum(p.trainable for p in self.placements) + sum(map(_numel, shared.values()))
 
     @property
     def sites(self) -> tuple[Site, ...]:

@@ -87,6 +87,11 @@ class Site:
         return self.place.map.outputs(self.out_features)
 
     @property
+    def inputs(self) -> int:
+        """Channels of the layer's input."""
+        return self.place.map.inputs(self.place.stored)
+
+    @property
     def weight(self) -> str:
         """Its weight by name, without a final `.weight`: `h.0.attn.c_attn`, `layers.0.mlp.experts.down_proj`."""
         return self.path if self.place.tensor == "weight" else self.place.parameter

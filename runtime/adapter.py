@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rewrite.runtime import fallback
-from rewrite.runtime.graft import Graft
+from rewrite.runtime.graft import Graft, leading
 
 ADAPTERS = "adapters"
 """Name of the child module of an adapted layer that holds its adapters: `q_proj.adapters.lora.A`."""
@@ -19,32 +19,48 @@ class Adapters(nn.ModuleDict):
 
 
 class Adapter(nn.Module):
-    """The tensors of one `output` or `weight` graft: parameters where they train, buffers where not."""
+    """The tensors of one graft: parameters where they train, buffers where not; shared ones are parameters always.
 
-    def __init__(self, graft: Graft, device: torch.device) -> None:
+    `shared` holds the tensors that grafts have in common so far: this one takes its own from there, or adds them.
+    """
+
+    def __init__(self, graft: Graft, device: torch.device, shared: dict[str, nn.Parameter]) -> None:
         super().__init__()
         self.graft, self.op = graft, graft.op
         for name, slot in graft.slots.items():
+            if slot.shared:  # a parameter stays one object when the model moves, a buffer does not
+                if slot.shared not in shared:
+                    value = torch.empty(slot.held, dtype=slot.dtype, device=device)
+                    shared[slot.shared] = nn.Parameter(value, requires_grad=slot.trainable)
+                self.register_parameter(name, shared[slot.shared])
+                continue
             value = torch.empty(slot.shape, dtype=slot.dtype, device=device)
             if slot.trainable:
                 self.register_parameter(name, nn.Parameter(value))
             else:
                 self.register_buffer(name, value)
+        if graft.adapter:  # active until `rewrite.use` says otherwise
+            self.register_buffer("gate", torch.ones((), device=device), persistent=False)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The graft's tensors by slot name, in the order in which its op takes them."""
-        return {name: getattr(self, name) for name in self.graft.slots}
+        return {name: leading(getattr(self, name), slot) for name, slot in self.graft.slots.items()}
+
+    def operands(self) -> tuple[torch.Tensor, ...]:
+        """What its op takes after the tensors of the module: its own, and its gate where it has a name."""
+        gate = (self.gate,) if self.graft.adapter else ()
+        return (*self.tensors().values(), *gate)  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
         return self.graft.label
 
 
 class Branch(Adapter):
-    """An adapter on a module's output."""
+    """An adapter on a module's input or output."""
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def forward(self, *activations: torch.Tensor | None) -> torch.Tensor:
         assert self.op is not None
-        return self.op(x, y, *self.tensors().values(), training=self.training)
+        return self.op(*activations, *self.operands(), training=self.training)
 
 
 class Reparametrisation(Adapter):
@@ -54,7 +70,7 @@ class Reparametrisation(Adapter):
         assert self.op is not None
         if not torch.compiler.is_compiling():
             fallback.ran_eagerly()
-        return self.op(weight, *self.tensors().values())
+        return self.op(weight, *self.operands())
 
     def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
         return weight
@@ -123,5 +139,18 @@ def call_adapters(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         fallback.ran_eagerly()
     x = args[0] if args else next(iter(kwargs.values()))
     for adapter in getattr(module, ADAPTERS).values():
-        output = adapter(x, output)
+        if adapter.graft.where == "output":
+            output = adapter(x, output, *(getattr(module, name) for name in adapter.graft.reads))
     return output
+
+
+def feed_adapters(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of every module whose input is adapted: the last adapter is the nearest to the module."""
+    if not torch.compiler.is_compiling():
+        fallback.ran_eagerly()
+    name = None if args else next(iter(kwargs))
+    x = args[0] if name is None else kwargs[name]
+    for adapter in getattr(module, ADAPTERS).values():
+        if adapter.graft.where == "input":
+            x = adapter(x)
+    return ((x, *args[1:]), kwargs) if name is None else (args, kwargs | {name: x})

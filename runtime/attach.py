@@ -1,7 +1,7 @@
 """Puts grafts on a model with PyTorch's own mechanisms, and takes them off again, bit for bit.
 
-`output` grafts are child modules called by one forward hook; `weight` and `storage` grafts are parametrisations.
-Nothing here compiles.  A failed attach leaves the model as it was.
+`input` and `output` grafts are child modules called by one forward hook each; `weight` and `storage` grafts are
+parametrisations.  Nothing here compiles.  A failed attach leaves the model as it was.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from rewrite.runtime.adapter import (
     Reparametrisation,
     Stored,
     call_adapters,
+    feed_adapters,
     keep_bits,
     load_dense,
 )
@@ -86,10 +87,9 @@ def attach(
     try:
         model.requires_grad_(False)
         # Initialisers want the weights as they were.
-        ordered = tqdm(sorted(grafts, key=_order), desc="attach", delay=2, leave=False)
-        made = {id(graft): _filled(model, graft, values) for graft in ordered if graft.where in _ADAPTERS}
-        # A parametrisation of a stored weight stands behind the one that decodes it.
-        for graft in sorted(grafts, key=lambda g: g.where == "weight"):
+        ordered, shared = tqdm(grafts, desc="attach", delay=2, leave=False), dict[str, nn.Parameter]()
+        made = {id(graft): _filled(model, graft, values, shared) for graft in ordered if graft.where in _ADAPTERS}
+        for graft in sorted(grafts, key=lambda g: g.stage):
             _ATTACH[graft.where](model, graft, made.get(id(graft)), values, state)
         huggingface.adopt(model)
     except BaseException:
@@ -98,31 +98,32 @@ def attach(
     return model
 
 
-_ADAPTERS: dict[str, type[Adapter]] = {"output": Branch, "weight": Reparametrisation}
+_ADAPTERS: dict[str, type[Adapter]] = {"input": Branch, "output": Branch, "weight": Reparametrisation}
 
 
-def _order(graft: Graft) -> int:
-    return ("output", "weight", "train", "storage").index(graft.where)
-
-
-def _filled(model: nn.Module, graft: Graft, values: Mapping[str, Tensor] | None) -> Adapter:
+def _filled(
+    model: nn.Module, graft: Graft, values: Mapping[str, Tensor] | None, shared: dict[str, nn.Parameter]
+) -> Adapter:
     """A new adapter on the module's device with its initial values, or those of a checkpoint."""
     module = model.get_submodule(graft.path)
     weight = getattr(module, graft.tensor)
-    adapter = _ADAPTERS[graft.where](graft, weight.device)
+    new = [n for n, slot in graft.slots.items() if slot.shared and slot.shared not in shared]
+    adapter = _ADAPTERS[graft.where](graft, weight.device, shared)
     adapter.train(module.training)
     if weight.device.type == "meta":
         return adapter
     prefix = f"{graft.path}.{ADAPTERS}.{graft.name}."
     with torch.no_grad():
         if values is not None:
-            start = {slot: values[prefix + slot] for slot in graft.slots}
-        elif graft.initialise is not None:
-            start = graft.initialise(graft.view(weight.detach()))
-        else:
-            start = {}
-        for slot, value in start.items():
-            getattr(adapter, slot).copy_(value)
+            for name, slot in graft.slots.items():
+                if not slot.shared or name in new:
+                    getattr(adapter, name).copy_(values[prefix + name])
+            return adapter
+        for name in new:
+            if (fill := graft.slots[name].fill) is not None:
+                fill(getattr(adapter, name))
+        if graft.initialise is not None:
+            graft.initialise(graft.view(weight.detach()), adapter.tensors())
     return adapter
 
 
@@ -132,7 +133,10 @@ def _attach_output(model: nn.Module, graft: Graft, adapter, values, state: Attac
         if hasattr(module, ADAPTERS):
             raise RewriteError(f"{graft.path} has an attribute {ADAPTERS!r} of its own: cannot attach there")
         module.add_module(ADAPTERS, Adapters())
+    if graft.where == "output" and call_adapters not in module._forward_hooks.values():
         module.register_forward_hook(call_adapters, with_kwargs=True)
+    if graft.where == "input" and feed_adapters not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(feed_adapters, with_kwargs=True)
     adapters: Any = module._modules[ADAPTERS]
     adapters[graft.name] = adapter
 
@@ -180,6 +184,7 @@ def _attach_train(model: nn.Module, graft: Graft, adapter, values, state: Attach
 
 
 _ATTACH: dict[str, Callable[..., None]] = {
+    "input": _attach_output,
     "output": _attach_output,
     "weight": _attach_weight,
     "storage": _attach_storage,
@@ -200,7 +205,7 @@ def _key(path: str, name: str) -> str:
 
 
 def adapted_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module, list[Adapter]]]:
-    """(path, module, adapters) of every module that holds adapters on its output."""
+    """(path, module, adapters) of every module that holds adapters on its input or output."""
     for path, module in model.named_modules():
         if isinstance(held := module._modules.get(ADAPTERS), Adapters):
             yield path, module, [a for a in held.values() if isinstance(a, Adapter)]
@@ -217,15 +222,16 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
         if graft.where == "train":
             found |= {_key(graft.path, name): module.get_parameter(name) for name in graft.slots}
         elif graft.where != "storage":
-            prefix = f"{graft.path}.{ADAPTERS}.{graft.name}."
-            found |= {prefix + slot: value for slot, value in adapter_of(module, graft).tensors().items()}
-    return {name: value.detach() for name, value in found.items()}
+            adapter, prefix = adapter_of(module, graft), f"{graft.path}.{ADAPTERS}.{graft.name}."
+            found |= {prefix + name: getattr(adapter, name) for name in graft.slots}
+    first = {id(value): name for name, value in reversed(found.items())}  # a shared tensor goes by its first name
+    return {name: value.detach() for name, value in found.items() if first[id(value)] == name}
 
 
 def adapter_of(module: nn.Module, graft: Graft) -> Adapter:
-    """The adapter module that holds the tensors of an `output` or `weight` graft."""
+    """The adapter module that holds the tensors of a graft."""
     held: Any
-    if graft.where == "output":
+    if graft.where in ("input", "output"):
         held = module._modules[ADAPTERS]
         return held[graft.name]
     held = module._modules["parametrizations"]
@@ -280,6 +286,9 @@ def strip(model: nn.Module) -> nn.Module:
         for key in [k for k, hook in module._forward_hooks.items() if hook is call_adapters]:
             del module._forward_hooks[key]
             module._forward_hooks_with_kwargs.pop(key, None)
+        for key in [k for k, hook in module._forward_pre_hooks.items() if hook is feed_adapters]:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
     for module in model.modules():
         for key in [k for k, h in module._load_state_dict_pre_hooks.items() if getattr(h, "hook", None) is load_dense]:
             del module._load_state_dict_pre_hooks[key]

@@ -21,7 +21,7 @@ from rewrite.codegen.typed import typed_op
 from rewrite.errors import RewriteError
 from rewrite.passes.splice import boundary, module_calls, splice
 from rewrite.runtime.adapter import ADAPTERS
-from rewrite.runtime.graft import Graft
+from rewrite.runtime.graft import Graft, leading
 
 log = logging.getLogger(__name__)
 Tensor = torch.Tensor
@@ -34,13 +34,17 @@ def apply_grafts(program: ExportedProgram, grafts: Sequence[Graft]) -> ExportedP
     Raises `RewriteError` where a graft finds no node to take hold of.
     """
     editor = _Editor(program)
-    first = [g for g in grafts if g.where == "output"]
-    for graft in (*first, *(g for g in grafts if g.where == "train")):
-        getattr(editor, f"add_{graft.where}")(graft)
+    made = {id(g): editor.theta(g) for g in grafts if g.where in ("input", "output", "weight")}
+    ordered = sorted(grafts, key=lambda g: g.stage)
+    for graft in ordered:
+        if graft.where in ("input", "output"):
+            getattr(editor, f"add_{graft.where}")(graft, made[id(graft)])
+        elif graft.where == "train":
+            editor.add_train(graft)
     # Each goes between the weight and what reads it so far: the last one first.
-    weights = [(graft, editor.theta(graft)) for graft in grafts if graft.where == "weight"]
-    for graft, theta in reversed(weights):
-        editor.add_weight(graft, theta)
+    for graft in reversed(ordered):
+        if graft.where == "weight":
+            editor.add_weight(graft, made[id(graft)])
     for graft in grafts:
         if graft.where == "storage":
             editor.add_storage(graft)
@@ -57,6 +61,7 @@ class _Editor:
             name: nn.Parameter(t.detach(), requires_grad=False) if isinstance(t, nn.Parameter) else t
             for name, t in program.state_dict.items()
         }
+        self.shared: dict[str, fx.Node] = {}
         self.inputs = {n.name: n for n in self.graph.find_nodes(op="placeholder")}
 
     def parameter(self, name: str, value: Tensor, trainable: bool) -> fx.Node:
@@ -80,34 +85,67 @@ class _Editor:
         return [n for n in self.graph.nodes if n.op == "placeholder" and n.name in names]
 
     def theta(self, graft: Graft) -> list[fx.Node]:
-        weight = self.state[f"{graft.path}.{graft.tensor}"]
-        start = graft.initialise(graft.view(weight.detach())) if graft.initialise else {}
+        """The inputs that hold what a graft's op takes after the tensors of the module, as they start."""
+        weight = self.state[f"{graft.path}.{graft.tensor}"].detach()
+        start = {n: torch.empty(s.held, dtype=s.dtype, device=weight.device) for n, s in graft.slots.items()}
+        for name, slot in graft.slots.items():
+            if slot.shared in self.shared:
+                start[name] = self.state[self.target(self.shared[slot.shared])].detach()
+            elif slot.shared and slot.fill is not None:
+                slot.fill(start[name])
+        if graft.initialise is not None:
+            graft.initialise(graft.view(weight), {n: leading(t, graft.slots[n]) for n, t in start.items()})
         prefix = f"{graft.path}.{ADAPTERS}.{graft.name}."
-        nodes = [
-            self.parameter(prefix + n, start[n], slot.trainable) for n, slot in reversed(list(graft.slots.items()))
-        ]
-        return nodes[::-1]
+        nodes = {}
+        for name, slot in reversed(list(graft.slots.items())):
+            known = self.shared.get(slot.shared)
+            nodes[name] = known or self.parameter(prefix + name, start[name], slot.trainable)
+            if slot.shared:
+                self.shared[slot.shared] = nodes[name]
+        gate = [self.parameter(prefix + "gate", torch.ones(()), False)] if graft.adapter else []
+        return [*(nodes[name] for name in graft.slots), *gate]
 
-    def add_output(self, graft: Graft) -> None:
-        op = typed_op(graft.op)
-        assert op is not None
-        calls = [b for call in module_calls(self.graph, graft.path) if (b := boundary(call)) is not None]
-        if not calls:
-            raise RewriteError(
-                f"no node of the exported program computes {graft.path}: {graft.label} has no place there"
-            )
-        theta = self.theta(graft)
-        for x, y in calls:
+    def target(self, node: fx.Node) -> str:
+        """The name of the tensor that an input holds."""
+        return next(str(s.target) for s in self.specs if isinstance(s.arg, TensorArgument) and s.arg.name == node.name)
+
+    def add_output(self, graft: Graft, theta: list[fx.Node]) -> None:
+        op = _operation(graft)
+        read = [self.read(f"{graft.path}.{name}") for name in graft.reads]
+        for x, y in self.calls(graft):
             users = list(y.users)
-            new = splice(self.graph, functools.partial(op.reference, training=False), [x, y, *theta], y, op.name)
+            new = splice(self.graph, functools.partial(op, training=False), [x, y, *read, *theta], y, graft.label)
             for user in users:
                 user.replace_input_with(y, new)
 
+    def add_input(self, graft: Graft, theta: list[fx.Node]) -> None:
+        op = _operation(graft)
+        for call in module_calls(self.graph, graft.path):
+            if (edge := boundary(call)) is not None:
+                x = edge[0]
+                users = [n for n in x.users if n in call]
+                last = next(n for n in self.graph.nodes if n in users)
+                new = splice(self.graph, functools.partial(op, training=False), [x, *theta], last.prev, graft.label)
+                for user in users:
+                    user.replace_input_with(x, new)
+
+    def calls(self, graft: Graft) -> list[tuple[fx.Node, fx.Node]]:
+        """(input, output) of every call of the module of a graft."""
+        found = [b for call in module_calls(self.graph, graft.path) if (b := boundary(call)) is not None]
+        if not found:
+            raise RewriteError(
+                f"no node of the exported program computes {graft.path}: {graft.label} has no place there"
+            )
+        return found
+
+    def read(self, name: str) -> fx.Node | None:
+        """The input that holds a tensor of the model, or None where it has no such tensor."""
+        names = [s.arg.name for s in self.specs if s.target == name and isinstance(s.arg, TensorArgument)]
+        return next((n for n in self.graph.nodes if n.op == "placeholder" and n.name in names), None)
+
     def add_weight(self, graft: Graft, theta: list[fx.Node]) -> None:
-        op = typed_op(graft.op)
-        assert op is not None
         for weight in self.weights(graft):
-            self.replace(weight, op.reference, [weight, *theta], op.name)
+            self.replace(weight, _operation(graft), [weight, *theta], graft.label)
 
     def add_storage(self, graft: Graft) -> None:
         op = typed_op(graft.op)
@@ -168,3 +206,17 @@ class _Editor:
 
 def _decoded(graft: Graft, reference: Callable[..., Any], *stored: Tensor) -> Tensor:
     return graft.map.stored(reference(*stored), graft.shape)
+
+
+def _operation(graft: Graft) -> Callable[..., Any]:
+    """What a graft computes from the tensors that are held, of which a shared one may be larger than its own part."""
+    op = typed_op(graft.op)
+    assert op is not None
+    slots, after = list(graft.slots.values()), 1 if graft.adapter else 0
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        first = len(args) - len(slots) - after
+        own = [leading(t, slot) for t, slot in zip(args[first:], slots, strict=False)]
+        return op.reference(*args[:first], *own, *args[len(args) - after :], **kwargs)
+
+    return call

@@ -6,39 +6,81 @@ tensors.  Specs, methods and sites stay above; a graft carries closures that the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
-from rewrite.codegen.delta import Delta
 from rewrite.codegen.maps import LINEAR, LayerMap, Rows
 
 Tensor = torch.Tensor
-Where = Literal["output", "weight", "storage", "train"]
+Where = Literal["input", "output", "weight", "storage", "train"]
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of a graft: shape, dtype, and whether it trains."""
+    """One tensor of a graft: shape, dtype, whether it trains, and how.
+
+    Grafts whose slots have the same `shared` name hold one tensor, of the shape `whole`, and use its leading part.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     trainable: bool = True
+    shared: str = ""
+    lr: float = 1.0  # factor on the learning rate
+    decay: bool = True
+    whole: tuple[int, ...] = ()
+    fill: Callable[[Tensor], Any] | None = None  # fills a shared tensor, once
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """The shape of the tensor that is held."""
+        return self.whole or self.shape
+
+
+def leading(tensor: Any, slot: Slot) -> Any:
+    """The part of a shared tensor that one site uses."""
+    if slot.held == slot.shape:
+        return tensor
+    for dim, (size, whole) in enumerate(zip(slot.shape, slot.held, strict=True)):
+        tensor = tensor if size == whole else tensor.narrow(dim, 0, size)
+    return tensor
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What a graft does in training besides its maths; grafts of one clause have the same `clause`.
+
+    regulariser  tensors -> a term of the loss, or None
+    schedule     `(step, [{slot: tensor} of every graft of the clause])`, in place, after an optimizer step
+    calibrated   `(W, {slot: tensor}, seen)` fills the tensors from what `calibration` asks for: inputs or gradients
+    """
+
+    clause: str
+    regulariser: Callable[..., Any] | None = None
+    schedule: Callable[[int, Sequence[Mapping[str, Tensor]]], None] | None = None
+    calibration: Literal["inputs", "gradients"] | None = None
+    calibrated: Callable[[Tensor, dict[str, Tensor], Tensor], None] | None = None
 
 
 @dataclass(frozen=True)
 class Graft:
     """One adaptation of one module.
 
-    where      `output`: `op(x, y, *tensors, training=)` changes the module's output;
+    where      `input`: `op(x, *tensors, training=)` changes the module's input;
+               `output`: `op(x, y, *read, *tensors, training=)` changes its output; it reads the module's tensors
+               named in `reads`;
                `weight`: `op(W, *tensors)` reparameterises `tensor`;
                `storage`: `op(*stored)` decodes `tensor`, `encode(W)` made the stored tensors;
                `train`: the base tensors named in `tensors` are trained, nothing is added.
-    initialise `W (..., d_out, d_in) -> {slot: value}`, called once; W is the matrix of the weight, `rows` only.
-    delta      `tensors -> Delta`, an update of those rows, for merging; a `weight` graft without one is merged by
-               its op.
+    initialise `(W (..., d_out, d_in), {slot: tensor})` fills the tensors in place; W is the matrix, `rows`
+               only.
+    merged     `(weight, bias or None, *tensors) -> (weight, bias or None)` of a plain layer; None if there is none.
+    adapter    the name by which `rewrite.use` switches it; its op takes a gate after its tensors.
+    stage      grafts of one module take hold in the order of their stages.
+    behaviour  what it does in training besides (`runtime.training`).
     tensor     the parameter of the module, stored with `shape`; `map` says how the module applies it.
     rows       rows of its matrix that the graft touches, None for all of them.
     sharers    other modules whose `tensor` is the same object: a `weight` graft takes hold there too, once.
@@ -49,8 +91,12 @@ class Graft:
     where: Where
     op: Callable[..., Any] | None = None
     slots: Mapping[str, Slot] = field(default_factory=dict)
-    initialise: Callable[[Tensor], dict[str, Tensor]] | None = None
-    delta: Callable[..., Delta] | None = None
+    initialise: Callable[[Tensor, dict[str, Tensor]], None] | None = None
+    merged: Callable[..., tuple[Any, Any]] | None = None
+    reads: tuple[str, ...] = ()
+    adapter: str | None = None
+    stage: int = 0
+    behaviour: Behaviour | None = None
     encode: Callable[[Tensor], tuple[Tensor, ...]] | None = None
     read: Callable[[Mapping[str, Any], str], tuple[Tensor, ...] | None] | None = None  # a foreign checkpoint
     tensor: str = "weight"
@@ -58,6 +104,7 @@ class Graft:
     map: LayerMap = LINEAR
     rows: Rows | None = None
     sharers: tuple[str, ...] = ()
+    route: str = ""  # factored or materialised, where a cost decided
     label: str = ""  # how explain names it, e.g. "lora(r=8)"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graft:

@@ -75,9 +75,9 @@ def merge(model: nn.Module, *, untie: bool = False) -> nn.Module:
 
 
 def _weights(state: Attachment) -> dict[tuple[str, str], list[Graft]]:
-    """The grafts of every weight that a merge writes, those that reparameterise it before those on the output."""
+    """The grafts of every weight that a merge writes, in the order in which they take hold."""
     found: dict[tuple[str, str], list[Graft]] = {}
-    for graft in sorted(state.grafts, key=lambda g: g.where == "output"):
+    for graft in sorted(state.grafts, key=lambda g: g.stage):
         if graft.where != "train":
             found.setdefault((graft.path, graft.tensor), []).append(graft)
     return found
@@ -97,7 +97,7 @@ def _merge_weight(model: nn.Module, path: str, tensor: str, grafts: list[Graft],
         parameter = nn.Parameter(rounded.contiguous(), requires_grad=False)
     else:
         parameter.copy_(rounded)
-    for place in dict.fromkeys(p for graft in grafts if graft.where != "output" for p in graft.places):
+    for place in dict.fromkeys(p for graft in grafts if graft.where in ("weight", "storage") for p in graft.places):
         put_back(model.get_submodule(place), tensor, parameter, state.order[place])
     if not exact.numel() or all(graft.where == "storage" for graft in grafts):
         return 0.0
@@ -112,38 +112,29 @@ def _decoded(module: nn.Module, tensor: str) -> torch.Tensor:
 
 
 def _merged(exact: torch.Tensor, dtype: torch.dtype, module: nn.Module, graft: Graft) -> torch.Tensor:
-    """A weight in float64 with one graft merged into it; a shift goes to the bias."""
-    theta = adapter_of(module, graft).tensors().values()
-    if graft.delta is None:
-        assert graft.op is not None
-        return graft.op(exact.to(dtype), *theta).to(torch.float64)
-    update = graft.delta(*theta).map(lambda t: t.detach().to(torch.float64))
-    dense, shift = update.materialise(), update.shift()
-    if graft.rows is not None:
-        dense = graft.rows.put(dense) if dense.ndim else dense
-        shift = None if shift is None else graft.rows.put(shift, -1)
-    if dense.ndim:  # of a shift alone it is a plain zero
-        exact = exact + graft.map.stored(dense, exact.shape)
-    if shift is None:
-        return exact
-    if graft.map.biased:
-        _add_bias(module, exact, dtype, shift)
-        return exact
-    return exact + graft.map.stored(shift[:, None], exact.shape)
+    """A weight in float64 with one graft merged into it; what it makes of the bias is written there."""
+    assert graft.merged is not None
+    theta = [t.detach().to(torch.float64) if t.is_floating_point() else t for t in adapter_of(module, graft).operands()]
+    bias = module._parameters.get("bias") if graft.tensor == "weight" else None
+    before = None if bias is None else bias.detach().to(torch.float64)
+    weight, after = graft.merged(exact, before, *theta)
+    if after is not None and after is not before:
+        _write_bias(module, after, dtype)
+    return weight
 
 
-def _add_bias(module: nn.Module, weight: torch.Tensor, dtype: torch.dtype, shift: torch.Tensor) -> None:
-    if module._parameters.get("bias") is None:
-        zeros = torch.zeros(len(shift), dtype=dtype, device=weight.device)
-        module.register_parameter("bias", nn.Parameter(zeros, requires_grad=False))
-    bias = module.get_parameter("bias")
-    bias.copy_((bias.to(torch.float64) + shift).to(bias.dtype))
+def _write_bias(module: nn.Module, value: torch.Tensor, dtype: torch.dtype) -> None:
+    bias = module._parameters.get("bias")
+    if bias is not None:
+        bias.copy_(value)
+        return
+    module.register_parameter("bias", nn.Parameter(value.to(dtype), requires_grad=False))
 
 
 def _check(model: nn.Module, state: Attachment) -> None:
     """What has no merged form, found before anything is changed."""
     for graft in state.grafts:
-        if graft.where == "output" and graft.delta is None:
+        if graft.where in ("input", "output", "weight") and graft.merged is None:
             raise RewriteError(
                 f"{graft.label} at {graft.path} changes activations, it has no merged weight: rewrite.remove it, "
                 "or keep the model as it is"
@@ -163,7 +154,7 @@ def _tied(model: nn.Module, state: Attachment) -> untying.Tied:
     found = {}
     for graft in state.grafts:
         parameter = original(model.get_submodule(graft.path), graft.tensor)
-        if graft.where in ("output", "weight") and parameter is not None:
+        if graft.where not in ("train", "storage") and parameter is not None:
             alike = {(path, graft.tensor) for path in graft.places}
             others = tuple(user for user in users[id(parameter)] if user not in alike)
             if others:

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from rewrite.codegen.delta import Delta, LowRank, Shift
+from rewrite.codegen.forms import Form, LowRank, Shift
 from rewrite.method import Method, Param, Tensor, arg, kaiming
 from rewrite.sites import Site
 
@@ -122,8 +122,8 @@ class Lora(Method):
         A0: Tensor | None = None,
         B0: Tensor | None = None,
         c: Tensor | None = None,
-    ) -> Delta:
-        update: Delta = LowRank(B, A)
+    ) -> Form:
+        update: Form = LowRank(B, A)
         if A0 is not None:
             update = update - LowRank(B0, A0)
         return (update if c is None else update + Shift(c)) * self.s

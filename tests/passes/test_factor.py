@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
 
-from rewrite.codegen.delta import LowRank
+from rewrite.codegen.forms import LowRank
 from rewrite.codegen.maps import Rows
 from rewrite.codegen.typed import typed
 from rewrite.codegen.weights import LazyWeight, low_rank_weight

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 import rewrite
-from rewrite.codegen.delta import LowRank
+from rewrite.codegen.forms import LowRank
 from rewrite.codegen.maps import Matmul
 from rewrite.codegen.typed import typed
 from rewrite.codegen.weights import LazyWeight

@@ -7,7 +7,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from rewrite.codegen.delta import IN, OUT, TOKENS, Delta, LowRank, Scaled, Shift, Spread
+from rewrite.codegen.forms import IN, OUT, TOKENS, Form, LowRank, Scaled, Shift, Spread
 from rewrite.codegen.maps import LINEAR, Convolution, Lookup, Matmul, Rows
 
 OUTER, INNER, RANK = 7, 5, 3
@@ -79,15 +79,15 @@ def test_an_updated_weight(form, layer, rows):
     W = layer.stored(base, ()).clone()
     update = delta.materialise()
     expected = layer.stored(base + 0.25 * (update if rows is None else rows.put(update)), W.shape)
-    for found in (delta.add_to(W, layer, rows, 0.25), Delta.add_to(LowRankOnly(delta), W, layer, rows, 0.25)):
+    for found in (delta.add_to(W, layer, rows, 0.25), Form.add_to(LowRankOnly(delta), W, layer, rows, 0.25)):
         assert found.shape == W.shape
         torch.testing.assert_close(found + 0.0, expected, rtol=1e-12, atol=1e-12)
 
 
-class LowRankOnly(Delta):
+class LowRankOnly(Form):
     """A form that only knows its dense update."""
 
-    def __init__(self, inner: Delta) -> None:
+    def __init__(self, inner: Form) -> None:
         self.inner = inner
 
     def materialise(self) -> Tensor:
@@ -152,8 +152,8 @@ def test_cost_counts_multiply_adds():
 
 
 def test_the_base_class_states_nothing():
-    for call in (lambda d: d.apply(matrix(1, 1)), lambda d: d.materialise(), lambda d: d.cost(), lambda d: d.map(id)):
+    for call in (lambda d: d.apply(matrix(1, 1)), lambda d: d.materialise(), lambda d: d.factored(matrix(1, 1))):
         with pytest.raises(NotImplementedError):
-            call(Delta())
-    assert Delta().shift() is None
-    assert Scaled(Delta(), 2.0).shift() is None
+            call(Form())
+    assert Form().shift() is None
+    assert Scaled(Form(), 2.0).shift() is None

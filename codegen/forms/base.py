@@ -1,0 +1,65 @@
+"""The weight of a layer as a form: what a method that rewrites W states its formula over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch.utils._pytree import tree_map_only
+
+from rewrite.codegen.forms.form import Form, Sum, cast
+from rewrite.codegen.forms.low_rank import LowRank
+from rewrite.codegen.maps import LINEAR, LayerMap
+
+
+@dataclass(frozen=True)
+class Base(Form):
+    """The matrix W (..., d_out, d_in) of a layer; `y` is what the layer makes of `x` without a bias, where known.
+
+    Anything that a tensor can do, it does as its dense matrix: `W.softmax(-1)`, `torch.linalg.svd(W)`.
+    """
+
+    W: Any
+    x: Any = None
+    y: Any = None
+
+    def materialise(self) -> Any:
+        return self.W
+
+    def is_light(self) -> bool:
+        return True
+
+    def has_factors(self, layer: LayerMap) -> bool:
+        return True
+
+    def cost(self) -> sympy.Expr:
+        return sympy.Integer(0)  # the layer computes it anyhow
+
+    def apply(self, x: Any, layer: LayerMap = LINEAR, scale: float = 1.0, like: Any = None) -> Any:
+        y = self.y if x is self.x and self.y is not None else layer.product(x, self.W)
+        return y if scale == 1.0 else y * scale
+
+    def squares(self) -> Any:
+        norms = torch.linalg.vector_norm(self.W, dim=-1, dtype=_wide(self.W.dtype))
+        return norms * norms
+
+    def gram(self, other: Form) -> Any:
+        if isinstance(other, LowRank):  # W A' costs r tokens, the dense update d_in of them
+            return ((self.W @ cast(other.A, self.W).transpose(-2, -1)) * other.left).sum(-1)
+        return other.gram(self) if isinstance(other, Sum) else super().gram(other)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "W" not in self.__dict__:  # copying and pickling ask before there is one
+            raise AttributeError(name)
+        return getattr(self.W, name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(cls, lambda base: base.W, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.itemsize < 4 else dtype
