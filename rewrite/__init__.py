@@ -9,7 +9,10 @@ from rewrite.errors import Error, ResolveError, RewriteError, SpecError
 from rewrite.explain import explain
 from rewrite.report import report
 from rewrite.runtime.attach import remove
+from rewrite.runtime.calibration import calibrate
 from rewrite.runtime.merge import merge
+from rewrite.runtime.switching import in_use, use
+from rewrite.runtime.training import parameter_groups, regulariser, step, trainer_callback
 from rewrite.version import __version__
 
 __all__ = [
@@ -20,16 +23,23 @@ __all__ = [
     "__version__",
     "apply",
     "attach",
+    "calibrate",
     "compile",
     "diff",
     "explain",
+    "in_use",
     "load",
     "merge",
     "methods",
+    "parameter_groups",
     "parse",
     "plan",
+    "regulariser",
     "remove",
     "report",
     "save",
     "sites",
+    "step",
+    "trainer_callback",
+    "use",
 ]

@@ -159,7 +159,7 @@ def _behaviour(method: Method, clause: str) -> Behaviour:
         method.regulariser if states(method, "regulariser") else None,
         method.schedule if states(method, "schedule") else None,
         method.calibration,
-        method.calibrated if states(method, "calibrated") else None,
+        method.calibrated if method.calibration else None,
     )
 
 

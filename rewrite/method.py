@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -26,6 +26,7 @@ from rewrite.codegen import storage
 from rewrite.codegen.forms import Form
 
 if TYPE_CHECKING:
+    from rewrite.runtime.calibration import Seen
     from rewrite.sites import Site
 
 Tensor = torch.Tensor
@@ -134,15 +135,18 @@ class Method:
         """A term of the loss for one site, or None (`rewrite.regulariser`)."""
         return None
 
-    def schedule(self, step: int, sites: Sequence[Mapping[str, Tensor]]) -> None:
-        """What happens after optimizer step number `step` (from 1), in place, to the tensors of all its sites.
+    def schedule(
+        self, step: int, sites: Sequence[Mapping[str, Tensor]], memory: dict[Any, Any]
+    ) -> Iterable[tuple[Tensor, Tensor]] | None:
+        """What happens after optimizer step number `step` (from 1), in place, to the tensors of all sites of a clause.
 
-        Gradients are still there; the optimizer's state of an entry that is set to zero is cleared with it.
+        Gradients are still there; `memory` is kept from step to step.  Returns (tensor, mask) of the entries whose
+        optimizer state is to be cleared.
         """
 
-    def calibrated(self, W: Tensor, theta: dict[str, Tensor], seen: Tensor) -> None:
-        """Fill `theta` in place from data: `seen` is the second moment of a site's inputs, (d_in, d_in), or the
-        gradient of its weight, (d_out, d_in), as `calibration` says, averaged over the batches."""
+    def calibrated(self, W: Tensor, theta: dict[str, Tensor], seen: Seen) -> None:
+        """Fill `theta` in place from what a site saw of some batches: its inputs, or the gradient of its weight, as
+        `calibration` says."""
 
     def encode(self, W: Tensor) -> tuple[Tensor, ...]:
         """The stored tensors of the matrix W (..., d_out, d_in) of a weight."""

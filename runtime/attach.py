@@ -49,6 +49,8 @@ class Attachment:
     originals: Originals = field(default_factory=Originals)
     order: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of the parameters of parametrised modules
     calls: Calls = field(default_factory=Calls)
+    steps: int = 0  # optimizer steps that `rewrite.step` was told of
+    memory: dict[str, dict[Any, Any]] = field(default_factory=dict)  # of schedules, by clause
     backend: str | None = None  # None until compiled
     notes: tuple[str, ...] = ()
 

@@ -54,15 +54,15 @@ class Behaviour:
     """What a graft does in training besides its maths; grafts of one clause have the same `clause`.
 
     regulariser  tensors -> a term of the loss, or None
-    schedule     `(step, [{slot: tensor} of every graft of the clause])`, in place, after an optimizer step
+    schedule     `(step, [{slot: tensor} of each graft of the clause], memory) -> [(tensor, entries to forget)]`
     calibrated   `(W, {slot: tensor}, seen)` fills the tensors from what `calibration` asks for: inputs or gradients
     """
 
     clause: str
     regulariser: Callable[..., Any] | None = None
-    schedule: Callable[[int, Sequence[Mapping[str, Tensor]]], None] | None = None
+    schedule: Callable[[int, Sequence[Mapping[str, Tensor]], dict[Any, Any]], Any] | None = None
     calibration: Literal["inputs", "gradients"] | None = None
-    calibrated: Callable[[Tensor, dict[str, Tensor], Tensor], None] | None = None
+    calibrated: Callable[[Tensor, dict[str, Tensor], Any], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,144 @@
+"""What adapters do around a training loop: rank schedules, regularisers, and their own learning rates.
+
+A plain loop calls `step` after `optimizer.step()` and adds `regulariser` to its loss; `trainer_callback` does both for
+the Hugging Face `Trainer`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from rewrite.errors import RewriteError
+from rewrite.runtime.attach import Attachment, adapter_of, require
+from rewrite.runtime.graft import Graft
+
+Tensor = torch.Tensor
+
+
+@torch.no_grad()
+def step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
+    """Run every schedule (rank budgets, masks) once, after `optimizer.step()` and before gradients are cleared.
+
+    Where a schedule puts an entry to rest, the optimizer's state of that entry is cleared too.  Returns the number of
+    this step, from 1.  Without any schedule it only counts.
+
+    Example: `loss.backward(); optimizer.step(); rewrite.step(model, optimizer); optimizer.zero_grad()`
+    """
+    state = require(model)
+    state.steps += 1
+    for grafts in _clauses(state).values():
+        behaviour = grafts[0].behaviour
+        if behaviour is None or behaviour.schedule is None:
+            continue
+        held = [_held(model, graft) for graft in grafts]
+        memory = state.memory.setdefault(behaviour.clause, {})
+        for tensor, entries in behaviour.schedule(state.steps, held, memory) or ():
+            _forget(optimizer, tensor, entries)
+    return state.steps
+
+
+def regulariser(model: nn.Module) -> Tensor:
+    """The sum over clauses of the mean over their sites of what methods add to the loss; 0 where none does.
+
+    Example: `loss = model(**batch).loss + rewrite.regulariser(model)`
+    """
+    state = require(model)
+    terms: list[Tensor] = []
+    for grafts in _clauses(state).values():
+        behaviour = grafts[0].behaviour
+        if behaviour is None or behaviour.regulariser is None:
+            continue
+        found = [behaviour.regulariser(**_leading(model, graft)) for graft in grafts]
+        terms.append(torch.stack([t for t in found if t is not None]).mean())
+    if not terms:
+        first = next(model.parameters(), torch.zeros(()))
+        return torch.zeros((), device=first.device)
+    return torch.stack(terms).sum()
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float = 0.0, *, adapter: str | None = None
+) -> list[dict[str, Any]]:
+    """Groups for a `torch.optim` optimizer over what trains, with the rates that methods ask for.
+
+    `lr` and `weight_decay` are those of an ordinary tensor: a method may multiply the first (LoRA+: B learns faster)
+    and refuse the second.  `adapter` keeps the tensors of one named adapter.
+
+    Example: `torch.optim.AdamW(rewrite.parameter_groups(model, lr=2e-4, weight_decay=0.01))`
+    """
+    state, groups, seen = require(model), defaultdict(list), set()
+    if adapter is not None and adapter not in {g.adapter for g in state.grafts}:
+        raise RewriteError(f"this model has no adapter '{adapter}'")
+    for graft in state.grafts:
+        if graft.where == "storage" or (adapter is not None and graft.adapter != adapter):
+            continue
+        for name, parameter in _parameters(model, graft):
+            slot = graft.slots[name]
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                groups[slot.lr, slot.decay].append(parameter)
+    return [
+        {"params": found, "lr": lr * factor, "weight_decay": weight_decay if decays else 0.0}
+        for (factor, decays), found in groups.items()
+    ]
+
+
+def trainer_callback() -> Any:
+    """A callback for the Hugging Face `Trainer` that runs schedules and regularisers.
+
+    Example: `Trainer(model, args, train_dataset=data, callbacks=[rewrite.trainer_callback()])`
+    """
+    from transformers import TrainerCallback
+
+    class Callback(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            term = regulariser(model)
+            if term.requires_grad:  # the loss was taken already: its gradient is added to theirs
+                term.backward()
+
+        def on_optimizer_step(
+            self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+        ) -> None:
+            step(model, getattr(optimizer, "optimizer", optimizer))
+
+    return Callback()
+
+
+def _clauses(state: Attachment) -> dict[str, list[Graft]]:
+    """The grafts of every clause whose method does more than its maths."""
+    found: dict[str, list[Graft]] = {}
+    for graft in state.grafts:
+        if graft.behaviour is not None:
+            found.setdefault(graft.behaviour.clause, []).append(graft)
+    return found
+
+
+def _parameters(model: nn.Module, graft: Graft) -> Iterator[tuple[str, nn.Parameter]]:
+    module = model.get_submodule(graft.path)
+    holder = module if graft.where == "train" else adapter_of(module, graft)
+    for name in graft.slots:
+        tensor = getattr(holder, name)
+        if isinstance(tensor, nn.Parameter):
+            yield name, tensor
+
+
+def _held(model: nn.Module, graft: Graft) -> dict[str, Tensor]:
+    """The tensors of a graft as they are held, with their gradients."""
+    adapter = adapter_of(model.get_submodule(graft.path), graft)
+    return {name: getattr(adapter, name) for name in graft.slots}
+
+
+def _leading(model: nn.Module, graft: Graft) -> dict[str, Tensor]:
+    return adapter_of(model.get_submodule(graft.path), graft).tensors()
+
+
+def _forget(optimizer: torch.optim.Optimizer | None, tensor: Tensor, entries: Tensor) -> None:
+    """Clear the optimizer's state of some entries of a tensor: moments of what they were before."""
+    for value in (optimizer.state.get(tensor, {}) if optimizer is not None else {}).values():
+        if isinstance(value, torch.Tensor) and value.shape == tensor.shape:
+            value.masked_fill_(entries, 0)
