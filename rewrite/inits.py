@@ -25,6 +25,7 @@ class Init:
     residual: ClassVar[bool] = False
     identity: ClassVar[bool] = True  # the update is zero at first, or taken off again
     calibration: ClassVar[Literal["inputs", "gradients"] | None] = None
+    needs_storage: ClassVar[bool] = False
 
     def fill(self, W: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
         """Fill A (..., r, d_in) and B (..., d_out, r) in place; W (..., d_out, d_in) is in the dtype of A."""
@@ -108,6 +109,7 @@ class Loftq(Init):
     One alternation: with more, the base would have to be stored as the rounding of another matrix than itself.
     """
 
+    needs_storage = True
     identity = False  # nearer to the model before rounding than the rounded base is
 
     def fill(self, W: Tensor, A: Tensor, B: Tensor, scale: float) -> None:

@@ -139,6 +139,7 @@ def resolve(inventory: Inventory, text: str | Spec, parameters: int = 0) -> Plan
     taken = {s.weight for b in trained for s in resolver.select(b.sites, b.method)}
     for b in bound:
         placements += resolver.place(b, taken, placements)
+    resolver.check_storage(placements)
     return Plan(inventory.model, str(canonical_spec), tuple(placements), tuple(resolver.notes), parameters)
 
 
@@ -216,6 +217,17 @@ class _Resolver(Selection):
                     + ("it would be stored twice" if view == theirs == "storage" else
                        "it would be trained twice" if view == theirs else "a stored weight cannot be trained"),
                 )  # fmt: skip
+
+    def check_storage(self, placements: list[Placement]) -> None:
+        """Methods that make up for what a storage format loses stand where there is one."""
+        stored = {p.site.weight for p in placements if p.method.view() == "storage"}
+        for placed in placements:
+            if placed.method.needs_storage and placed.site.weight not in stored:
+                raise self.error(
+                    placed.clause,
+                    f"{placed.clause.call} makes up for what rounding loses, and {placed.site.name} is not rounded",
+                    f"add '+ nf4({placed.site.roles[0]})', or leave it out",
+                )
 
     def note_tied(self, clause: Clause) -> None:
         words = {t.text for t in clause.sites.leaves()} if clause.sites else set()

@@ -40,7 +40,8 @@ class Adapter(nn.Module):
             else:
                 self.register_buffer(name, value)
         if graft.adapter:  # active until `rewrite.use` says otherwise
-            self.register_buffer("gate", torch.ones((), device=device), persistent=False)
+            dtype = next((slot.dtype for slot in graft.slots.values()), torch.float32)
+            self.register_buffer("gate", torch.ones((), dtype=dtype, device=device), persistent=False)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The graft's tensors by slot name, in the order in which its op takes them."""

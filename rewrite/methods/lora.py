@@ -43,6 +43,10 @@ class Lora(Method):
         return self.init.identity
 
     @property
+    def needs_storage(self) -> bool:  # type: ignore[override]
+        return self.init.needs_storage
+
+    @property
     def calibration(self) -> Literal["inputs", "gradients"] | None:  # type: ignore[override]
         return self.init.calibration
 
