@@ -125,6 +125,7 @@ def activation(here: Here) -> Callable[..., Any]:
         named, gate = here.split(theta)
         whole = y.movedim(layer.channel, -1) if layer.channel != -1 else y
         part = whole if rows is None else rows.take(whole, -1)
+        named = {n: t if t.dtype == y.dtype else t.to(y.dtype) for n, t in named.items()}
         new = method.output(_dropped(method, x, training), part, **named)
         new = new if rows is None else rows.replace(whole, new, -1)
         new = new.movedim(-1, layer.channel) if layer.channel != -1 else new

@@ -225,7 +225,8 @@ class _Resolver(Selection):
             if placed.method.needs_storage and placed.site.weight not in stored:
                 raise self.error(
                     placed.clause,
-                    f"{placed.clause.call} makes up for what rounding loses, and {placed.site.name} is not rounded",
+                    f"{placed.method.name} does not fit {placed.site.name}: {placed.clause.call} makes up for what "
+                    "rounding loses, and this weight is not rounded",
                     f"add '+ nf4({placed.site.roles[0]})', or leave it out",
                 )
 
