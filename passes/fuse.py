@@ -31,8 +31,10 @@ def fuse_branch(r, x, w, b, stored, layout, hs, Bs, scales, starts, h, s, B, pad
     """linear(x, w, b) + linear(h * s, B) + c  ->  adapted_linear(x, w, b + c, h, B, s)"""
     if stored is None:
         stored, layout, hs, Bs, scales, starts = [w], "dense", [], [], [], []
-    if not inserted(r.origin) or not _fusible(s, mode, c, r.origin):
+    if not inserted(r.origin) or not _fusible(mode, c, r.origin):
         return None
+    if isinstance(s, fx.Proxy):  # a gate or a diagonal core, on the (..., r) product
+        h, s = h * s, None
     if any(example(t.node).requires_grad for t in stored):
         r.note("not fused: its base weight is trained")
         return None
@@ -46,11 +48,11 @@ def fuse_branch(r, x, w, b, stored, layout, hs, Bs, scales, starts, h, s, B, pad
     )
 
 
-def _fusible(s: Any, mode: Any, c: Any, y: Any) -> bool:
-    """A branch with a number for its scale, or a shift: one value per output, the same for every row."""
+def _fusible(mode: Any, c: Any, y: Any) -> bool:
+    """A branch, or a shift: one value per output, the same for every row."""
     if c is not None:
         return isinstance(c, fx.Proxy) and tuple(example(c.node).shape) == tuple(example(y).shape[-1:])
-    return isinstance(s, (int, float, type(None))) and mode in (None, "constant")
+    return mode in (None, "constant")
 
 
 FUSE = (fuse_storage, fuse_branch)

@@ -43,8 +43,8 @@ def parse(text: str) -> Spec:
 def methods() -> dict[str, type[Method]]:
     """Every method by the name it has in a spec.
 
-    >>> sorted(methods())[:3]
-    ['full', 'lora', 'nf4']
+    >>> "lora" in methods()
+    True
     """
     return dict(registry())
 
@@ -167,8 +167,12 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 def _expected(grafts: list[Graft]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a checkpoint of these grafts, without attaching them."""
     found: dict[str, tuple[int, ...]] = {}
+    shared: set[str] = set()  # held once, under the name of the first graft that has it
     for graft in grafts:
         for slot, wanted in graft.slots.items():
+            if wanted.shared in shared:
+                continue
+            shared |= {wanted.shared} - {""}
             inner = slot if graft.where == "train" else f"{ADAPTERS}.{graft.name}.{slot}"
-            found[f"{graft.path}.{inner}" if graft.path else inner] = wanted.shape
+            found[f"{graft.path}.{inner}" if graft.path else inner] = wanted.held
     return found

@@ -20,6 +20,7 @@ from rewrite.runtime.captures import records_of
 from rewrite.runtime.graft import Graft
 from rewrite.runtime.holdings import Held, holdings
 from rewrite.runtime.merge import merge_report
+from rewrite.runtime.switching import in_use
 from rewrite.table import duration, share, size, table
 
 FUSED, PLAIN = "rewrite.adapted_linear", "plain operators"
@@ -45,7 +46,13 @@ def explain(model: nn.Module) -> Explanation:
     if state is None:
         return Explanation(_without(model, held))
     records = records_of(model)
-    parts = [_head(model, state, held), _placements(state), _base(held), _start(state), _calls(model, state, records)]
+    parts = [
+        _head(model, state, held),
+        _placements(state),
+        _base(held),
+        _start(state) + _routes(state) + _use(model, state),
+    ]
+    parts.append(_calls(model, state, records))
     parts += _graphs(records, state)
     parts += [_missing(records, state), _notes(state)]
     return Explanation("\n\n".join("\n".join(part) for part in parts if part))
@@ -106,6 +113,25 @@ def _start(state: Attachment) -> list[str]:
         text += f"; {', '.join(stored)} rounds the weights that it stores"
     approximate = [str(clause) for clause in parse(state.spec).clauses if clause.approximate]
     return [f"step 0: {text}", f"approximate: {', '.join(approximate) or 'nothing'}"]
+
+
+def _routes(state: Attachment) -> list[str]:
+    """Whether a method computes with its factors or its dense matrix, where that was a choice."""
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for graft in state.grafts:
+        if graft.route:
+            found[graft.label, graft.route].append(graft.path)
+    return [f"{label} x{len(paths)} at {summarise(paths)}: {route}" for (label, route), paths in found.items()]
+
+
+def _use(model: nn.Module, state: Attachment) -> list[str]:
+    if not any(graft.adapter for graft in state.grafts):
+        return []
+    weights = [
+        f"{name} {weight}" if isinstance(weight, list) else f"{name} {weight:g}"
+        for name, weight in in_use(model).items()
+    ]
+    return [f"in use: {', '.join(weights)}"]
 
 
 def _calls(model: nn.Module, state: Attachment, records: Sequence[GraphRecord]) -> list[str]:

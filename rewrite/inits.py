@@ -104,7 +104,7 @@ class Olora(Init):
 
 @dataclass(frozen=True)
 class Loftq(Init):
-    """B A = (the r largest singular triples of W - nf4(W)) / scale: what rounding took of a base in nf4  (Li et al. 2023)
+    """B A = (the r largest singular triples of W - nf4(W)) / scale: what rounding took of the base  (Li et al. 2023)
 
     One alternation: with more, the base would have to be stored as the rounding of another matrix than itself.
     """

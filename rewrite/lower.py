@@ -74,17 +74,16 @@ A rewritten weight is that of the base, updates add to it, and what scales an ou
 
 
 def _delta(here: Here, site: Site, alone: bool) -> dict[str, Any]:
-    factored, shifts = _decided(here, _shapes(here, site), site.in_features, site.out_features)
-    route = "factored" if factored else "materialised"
+    factored, shifts, route = _decided(here, _shapes(here, site), site.in_features, site.out_features)
     if site.place.called and (factored or shifts or getattr(here.method, "dropout", 0.0)):
         return {"where": "output", "op": functions.branch(here, factored), "route": route}
     return {"where": "weight", "op": functions.updated(here), "route": route}
 
 
 def _weight(here: Here, site: Site, alone: bool) -> dict[str, Any]:
-    factored, shifts = _decided(here, _shapes(here, site), site.in_features, site.out_features)
-    factored = factored and alone and site.rows is None
-    route = "factored" if factored else "materialised"
+    factored, shifts, route = _decided(here, _shapes(here, site), site.in_features, site.out_features)
+    if factored and not (alone and site.rows is None):
+        factored, route = False, "materialised, since other methods change the weight or it is a part of one"
     needs_input = shifts or bool(getattr(here.method, "dropout", 0.0))
     if site.place.called and isinstance(here.layer, Matmul) and (factored or needs_input):
         op, reads = functions.rewritten_branch(here, factored), (site.place.tensor, "bias")
@@ -92,38 +91,43 @@ def _weight(here: Here, site: Site, alone: bool) -> dict[str, Any]:
     return {"where": "weight", "op": functions.reparametrised(here), "route": route}
 
 
-Shapes = tuple[tuple[int, ...], ...]
+Shapes = tuple[tuple[tuple[int, ...], torch.dtype | None], ...]
 
 
 def _shapes(here: Here, site: Site) -> Shapes:
-    """Shapes of the weight as a matrix and of the tensors of a method."""
-    return (*site.leading, site.out_features, site.in_features), *(p.shape for p in here.method.params(site).values())
+    """Shapes and dtypes of the weight as a matrix and of the tensors of a method."""
+    theta = here.method.params(site).values()
+    return ((*site.leading, site.out_features, site.in_features), None), *((p.shape, p.dtype) for p in theta)
 
 
 @functools.cache
-def _decided(here: Here, shapes: Shapes, columns: int, rows: int) -> tuple[bool, bool]:
-    """(whether a method computes with its factors, whether it shifts the bias) at sites of these shapes."""
-    W, *theta = (torch.empty(shape, device="meta") for shape in shapes)
+def _decided(here: Here, shapes: Shapes, columns: int, rows: int) -> tuple[bool, bool, str]:
+    """(whether a method computes with its factors, whether it shifts the bias, the choice in words where there was one)
+    at sites of these shapes."""
+    W, *theta = (torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes)
     named, method = dict(zip(here.names, theta, strict=True)), here.method
     if method.view() == "delta":
         form: Form | Tensor = method.delta(**named)
         shifts = form.shift() is not None
     else:
         form, shifts = method.weight(Base(W), **named), states(method, "shifted")
-    factored = isinstance(form, Form) and form.has_factors(here.layer) and _cheaper(form, columns, rows)
-    return factored, shifts
+    if not (isinstance(form, Form) and form.has_factors(here.layer)):
+        return False, shifts, "materialised, it has no cheaper form there"
+    if form.is_light():
+        return True, shifts, ""
+    factored, dense = costs(form, columns, rows)
+    cheaper, words = factored <= dense, f"{factored:.2g} against {dense:.2g} multiply-adds at {TOKENS_AT_HAND} tokens"
+    return cheaper, shifts, f"factored, {words}" if cheaper else f"materialised, factors would take {words}"
 
 
-def _cheaper(form: Form, columns: int, rows: int) -> bool:
-    """Whether a training step through the factors costs less than one with the dense matrix.
+def costs(form: Form, columns: int, rows: int) -> tuple[float, float]:
+    """Multiply-adds of a training step beyond those of the layer: through the factors, and with the dense matrix.
 
     A backward pass costs twice its forward; that of a weight which is formed has the gradient of all of it.  Light
-    factors go without saying: they keep everything of the size of the weight out of the backward pass.
+    factors are not asked: they keep everything of the size of the weight out of the backward pass.
     """
-    if form.is_light():
-        return True
-    factored, dense = 3 * form.cost(), 3 * form.formation() + TOKENS * IN * OUT
-    return bool((dense - factored).subs({TOKENS: TOKENS_AT_HAND, IN: columns, OUT: rows}) >= 0)
+    sizes = {TOKENS: TOKENS_AT_HAND, IN: columns, OUT: rows}
+    return tuple(float(c.subs(sizes)) for c in (3 * form.cost(), 3 * form.formation() + TOKENS * IN * OUT))  # type: ignore[return-value]
 
 
 def _output(here: Here, site: Site, alone: bool) -> dict[str, Any]:
@@ -167,8 +171,8 @@ def _slots(params: dict[str, Param], base: torch.dtype, clause: str) -> dict[str
     # Adapters of a half-precision base train in float32; they are cast down in the graph, activations never up.
     dtype = torch.float32 if base.itemsize < 4 else base
     return {
-        name: Slot(p.shape, dtype, p.trainable, f"{clause}.{name}" if p.shared else "", p.lr, p.decay, fill=p.init)
-        for name, p in params.items()
+        n: Slot(p.shape, p.dtype or dtype, p.trainable, f"{clause}.{n}" if p.shared else "", p.lr, p.decay, fill=p.init)
+        for n, p in params.items()
     }
 
 
@@ -195,5 +199,5 @@ def _initialise(method: Method, params: dict[str, Param], W: Tensor, held: dict[
     for name, param in params.items():
         if not param.shared:  # filled once, as a whole
             param.init(held[name])
-    dtype = next((t.dtype for t in held.values()), W.dtype)
+    dtype = next((t.dtype for t in held.values() if t.is_floating_point()), W.dtype)
     method.initialise(W.to(dtype), held)

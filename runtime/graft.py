@@ -104,7 +104,7 @@ class Graft:
     map: LayerMap = LINEAR
     rows: Rows | None = None
     sharers: tuple[str, ...] = ()
-    route: str = ""  # factored or materialised, where a cost decided
+    route: str = ""  # factored or materialised and why, where that was a choice
     label: str = ""  # how explain names it, e.g. "lora(r=8)"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graft:

@@ -25,7 +25,7 @@ def use(model: nn.Module, which: Choice = None, *, per_row: Sequence[Choice] | N
 
     `per_row` chooses for every row of the batch instead; the next batches must have that many rows.  Adapters have
     names where the spec gives them, `en: lora(r=8)@attn + fr: lora(r=8)@attn`; all of them take part until this is
-    called.  Switching never recompiles (a first `per_row` does once), and inactive adapters get zero gradients: give
+    called, and those without a name always do.  Switching never recompiles (a first `per_row` does once), and inactive adapters get zero gradients: give
     an optimizer the tensors of those that train, `parameter_groups(model, lr=1e-4, adapter="en")`.
 
     Raises `RewriteError` for an unknown name, unnamed adapters, and adapters that cannot differ by rows.
@@ -37,6 +37,8 @@ def use(model: nn.Module, which: Choice = None, *, per_row: Sequence[Choice] | N
     if which is not None and per_row is not None:
         raise RewriteError("use(model, which) or use(model, per_row=[...]): not both")
     choices = [_weights(choice, known) for choice in ([which] if per_row is None else per_row)]
+    if not known or (which is None and per_row is None):
+        _check_named(state)
     held = list(_gated(model, state))
     if per_row is not None:
         _check_rows(held)
@@ -57,15 +59,19 @@ def in_use(model: nn.Module) -> dict[str, float | list[float]]:
 
 
 def _gated(model: nn.Module, state: Attachment) -> Iterator[tuple[Graft, Adapter]]:
-    unnamed = next((g for g in state.grafts if g.slots and g.where != "train" and not g.adapter), None)
+    for graft in state.grafts:
+        if graft.adapter and graft.where not in ("train", "storage"):
+            yield graft, adapter_of(model.get_submodule(graft.path), graft)
+
+
+def _check_named(state: Attachment) -> None:
+    """The base alone is what is left when every adapter has a gate."""
+    unnamed = next((g for g in state.grafts if g.where != "storage" and not g.adapter), None)
     if unnamed is not None:
         raise RewriteError(
             f"{unnamed.label} has no name, so it is always in use: name it in the spec, 'en: {unnamed.label}@...', "
             "or take it off with rewrite.remove(model)"
         )
-    for graft in state.grafts:
-        if graft.adapter and graft.where not in ("train", "storage"):
-            yield graft, adapter_of(model.get_submodule(graft.path), graft)
 
 
 def _weights(choice: Choice, known: Sequence[str]) -> Mapping[str, float]:
