@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch.utils._pytree import tree_map_only
 
-from rewrite.codegen.forms.form import Form, Sum, cast
+from rewrite.codegen.forms.form import Form, Scaled, Sum, cast
 from rewrite.codegen.forms.low_rank import LowRank
 from rewrite.codegen.maps import LINEAR, LayerMap
 
@@ -48,7 +48,7 @@ class Base(Form):
     def gram(self, other: Form) -> Any:
         if isinstance(other, LowRank):  # W A' costs r tokens, the dense update d_in of them
             return ((self.W @ cast(other.A, self.W).transpose(-2, -1)) * other.left).sum(-1)
-        return other.gram(self) if isinstance(other, Sum) else super().gram(other)
+        return other.gram(self) if isinstance(other, Scaled | Sum) else super().gram(other)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "W" not in self.__dict__:  # copying and pickling ask before there is one

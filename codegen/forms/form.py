@@ -127,7 +127,7 @@ class Form:
         return self + Scaled(other, -1.0)
 
     def __mul__(self, scale: float) -> Form:
-        return Scaled(self, scale)
+        return self if scale == 1.0 else Scaled(self, scale)
 
     __rmul__ = __mul__
 

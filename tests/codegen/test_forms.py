@@ -6,8 +6,21 @@ import pytest
 import sympy
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from rewrite.codegen.forms import IN, OUT, TOKENS, Form, LowRank, Scaled, Shift, Spread
+from rewrite.codegen.forms import (
+    IN,
+    OUT,
+    TOKENS,
+    Base,
+    Dense,
+    Diagonal,
+    Form,
+    LowRank,
+    Scaled,
+    Shift,
+    Spread,
+)
 from rewrite.codegen.maps import LINEAR, Convolution, Lookup, Matmul, Rows
 
 OUTER, INNER, RANK = 7, 5, 3
@@ -157,3 +170,70 @@ def test_the_base_class_states_nothing():
             call(Form())
     assert Form().shift() is None
     assert Scaled(Form(), 2.0).shift() is None
+
+
+def test_row_norms_of_an_adapted_weight_form_nothing():
+    W, update = matrix(OUTER, INNER), low_rank() * 0.7 - low_rank(2) * 1.3
+    adapted = Base(W) + update
+    dense = torch.linalg.vector_norm(W + update.materialise(), dim=-1)
+    torch.testing.assert_close(adapted.row_norms(), dense, rtol=1e-12, atol=1e-12)
+    scaled = Diagonal(matrix(OUTER)) @ adapted
+    torch.testing.assert_close(scaled.row_norms(), dense * scaled.left.d.abs(), rtol=1e-12, atol=1e-12)  # type: ignore[attr-defined]
+    with Shapes() as shapes:
+        adapted.row_norms()
+    assert (OUTER, INNER) not in shapes.made  # neither the update nor the adapted weight
+
+
+class Shapes(TorchDispatchMode):
+    """Remembers the shape of everything that is computed, views aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not result._is_view():
+            self.made.add(tuple(result.shape))
+        return result
+
+
+def test_cores_stand_between_the_factors():
+    for core in (matrix(RANK), matrix(RANK, RANK)):
+        form, x = LowRank(matrix(OUTER, RANK), matrix(RANK, INNER), core), matrix(4, INNER)
+        middle = torch.diag(core) if core.ndim == 1 else core
+        assert_close(form.materialise(), form.B @ middle @ form.A)
+        assert_close(form.apply(x), x @ form.materialise().t())
+        assert_close(form.T.materialise(), form.materialise().t())
+        other = low_rank()
+        assert_close((form + other).materialise(), form.materialise() + other.materialise())
+
+
+def test_products_and_diagonals():
+    left, right = Diagonal(matrix(OUTER)), Diagonal(matrix(INNER))
+    middle, x = Dense(matrix(OUTER, INNER)), matrix(4, INNER)
+    product = left @ middle @ right
+    dense = left.materialise() @ middle.M @ right.materialise()
+    assert_close(product.materialise(), dense)
+    assert_close(product.T.materialise(), dense.t())
+    U, S, Vh = torch.linalg.svd(middle.M, full_matrices=False)
+    assert_close((left @ LowRank(U * S, Vh) @ right).apply(x), x @ dense.t())
+
+
+def test_the_base_is_a_tensor_where_it_must_be():
+    W = matrix(OUTER, INNER)
+    assert_close(torch.softmax(Base(W), -1), torch.softmax(W, -1))
+    assert_close(Base(W).abs(), W.abs())
+    assert_close((Base(W) + Dense(W)).materialise(), 2 * W)
+
+
+def test_gates():
+    x, gate = matrix(3, 4, INNER), torch.tensor([0.0, 2.0, -1.0], dtype=torch.float64)
+    for form in (low_rank() * 0.5, low_rank() + Shift(matrix(OUTER)), Dense(matrix(OUTER, INNER))):
+        assert_close(form.gated(gate[1:2]).apply(x), form.apply(x) * 2)
+        assert_close(form.gated(gate.view(3, 1, 1)).apply(x), form.apply(x) * gate.view(3, 1, 1))
+        assert_close(form.gated(gate[1:2]).materialise(), form.materialise() * 2)
+
+
+def assert_close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
