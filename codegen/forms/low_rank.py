@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -30,22 +30,29 @@ class LowRank(Form):
     B: Any
     A: Any
     core: Any = None
+    gate: Any = None  # as `Form.gated` has it
 
     def apply(self, x: Any, layer: LayerMap = LINEAR, scale: float = 1.0, like: Any = None) -> Any:
-        by_row = self.core is not None and self.core.ndim > 2
+        by_row = self.gate is not None and self.gate.ndim > 1
         if isinstance(layer, Matmul) and isinstance(x, torch.Tensor) and x.dtype != self.A.dtype and not by_row:
             return torch.ops.rewrite.low_rank(x, self.A, self.left, scale)  # eager autograd would save the casts
         # The scale goes on the (..., r) product: it is the smallest tensor on the way.
         h = layer.shrink(x, self.A if layer.reads_ids else cast(self.A, x))
         h = h if like is None else cast(h, like)
-        if not isinstance(layer, Matmul | Lookup) and not by_row:  # channels are not the last dimension
-            return layer.expand(h if scale == 1.0 else h * scale, cast(self.left, h))
-        h = h if self.core is None else _through(h, cast(self.core, h))
-        return layer.expand(h if scale == 1.0 else h * scale, cast(self.B, h))
+        last = isinstance(layer, Matmul | Lookup)  # where channels are the last dimension
+        if self.core is not None and last:
+            core = cast(self.core, h)
+            h = h * core if core.ndim == 1 else torch.nn.functional.linear(h, core)
+        h = h if self.gate is None else h * cast(self.gate, h)
+        return layer.expand(h if scale == 1.0 else h * scale, cast(self.B if last else self._with_core, h))
 
     @property
     def left(self) -> Any:
-        """The factor before A: B C."""
+        """The factor before A: B C, gated."""
+        return self._with_core if self.gate is None else self._with_core * self.gate
+
+    @property
+    def _with_core(self) -> Any:
         return self.B if self.core is None else self.B * self.core if self.core.ndim == 1 else self.B @ self.core
 
     def materialise(self) -> Tensor:
@@ -71,16 +78,14 @@ class LowRank(Form):
         return True
 
     def gated(self, gate: Any) -> Form:
-        if self.core is None or self.core.ndim == 1:  # on the (..., r) product
-            return LowRank(self.B, self.A, gate if self.core is None else self.core * gate)
-        return super().gated(gate)
+        return replace(self, gate=gate if self.gate is None else self.gate * gate)  # on the (..., r) product
 
     def spread(self, rows: Rows) -> Form:
-        return LowRank(rows.put(self.B), self.A, self.core)
+        return replace(self, B=rows.put(self.B))
 
     def transpose(self) -> Form:
         core = self.core.transpose(-2, -1) if self.core is not None and self.core.ndim == 2 else self.core
-        return LowRank(self.A.transpose(-2, -1), self.B.transpose(-2, -1), core)
+        return LowRank(self.A.transpose(-2, -1), self.B.transpose(-2, -1), core, self.gate)
 
     def squares(self) -> Any:
         return self.gram(self)
@@ -99,7 +104,3 @@ class LowRank(Form):
     def _stacked(self, B: Any, A: Any) -> LowRank:
         # B A + B' A' = [B, B'] [A; A']: one branch of the summed rank.
         return LowRank(torch.cat([self.left, B], dim=-1), torch.cat([self.A, A], dim=-2))
-
-
-def _through(h: Any, core: Any) -> Any:
-    return torch.nn.functional.linear(h, core) if core.ndim == 2 else h * core
