@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 import torch
 
-Kind = Literal["branch", "weight", "storage"]
+Kind = Literal["branch", "weight", "storage", "tokens"]
 """What a typed node stands for: `branch(x, y, *theta) -> y'` changes the output of a layer,
-`weight(W, *theta) -> W'` reparameterises a weight, `storage(*stored) -> W` decodes one."""
+`weight(W, *theta) -> W'` reparameterises a weight, `storage(*stored) -> W` decodes one, `tokens(*theta)` makes what a
+model reads in front of its input."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 model = rewrite.compile(model, spec="lora(r=8)@attn.q,v + nf4(base)")
 """
 
-from rewrite.api import apply, attach, compile, load, methods, parse, plan, save, sites
+from rewrite.api import apply, attach, compile, load, load_peft, methods, parse, plan, save, save_peft, sites
 from rewrite.diff import diff
 from rewrite.errors import Error, ResolveError, RewriteError, SpecError
 from rewrite.explain import explain
@@ -29,6 +29,7 @@ __all__ = [
     "explain",
     "in_use",
     "load",
+    "load_peft",
     "merge",
     "methods",
     "parameter_groups",
@@ -38,6 +39,7 @@ __all__ = [
     "remove",
     "report",
     "save",
+    "save_peft",
     "sites",
     "step",
     "trainer_callback",

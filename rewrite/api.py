@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from rewrite import inventory, lower, planning
+from rewrite import inventory, lower, peft, planning
 from rewrite.bind import canonical
 from rewrite.errors import RewriteError, SpecError
 from rewrite.method import Method
@@ -162,6 +162,25 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     planned = _plan(model, found.spec, inventory.take(model))
     checkpoint.check_tensors(found, _expected(lower.grafts(planned)))
     return _attach(model, planned, found.tensors)
+
+
+def load_peft(model: nn.Module, folder: str | os.PathLike[str], *, inputs: Batch | None = None) -> nn.Module:
+    """Attach the adapter in a Hugging Face PEFT folder to a bare model, with its tensors; the model comes back.
+
+    Strict: every field of its configuration is translated or refused by name, every tensor is used.  `inputs` as in
+    `plan`.
+
+    Example: `model = rewrite.load_peft(model, "adapters/alpaca-lora")`
+    """
+    return peft.load(model, folder, _batch(inputs))
+
+
+def save_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write the adapter of `model` as a folder that `PeftModel.from_pretrained` reads, with its keys and shapes.
+
+    Raises `RewriteError` with the reason for adapters that PEFT cannot express.
+    """
+    peft.save(model, folder)
 
 
 def _expected(grafts: list[Graft]) -> dict[str, tuple[int, ...]]:

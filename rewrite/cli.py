@@ -10,12 +10,12 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import rewrite
-from rewrite.bind import Argument, arguments
+from rewrite.catalogue import described, page
 from rewrite.errors import Error, RewriteError, nearest
 from rewrite.finetune.bases import built_in_config
 from rewrite.finetune.request import Job
@@ -23,7 +23,6 @@ from rewrite.folders import config_of, inputs_of, skeleton
 from rewrite.progress import waiting
 from rewrite.runtime.backend import BACKENDS
 from rewrite.runtime.files import write
-from rewrite.table import table
 
 Command = Callable[[argparse.Namespace], int]
 _MODEL = "folder of a Hugging Face model, of which config.json is enough; default: the small built-in Llama"
@@ -89,7 +88,8 @@ def methods(args: argparse.Namespace) -> int:
         if name not in known:
             close = nearest(name, known, 1)
             raise RewriteError(f"unknown method '{name}'" + (f", did you mean '{close[0]}'?" if close else ""))
-    print("\n\n".join(_described(known[name]) for name in args.names or known))
+    chosen = [known[name] for name in args.names or known]
+    print(page(chosen) if args.markdown else "\n\n".join(map(described, chosen)))
     return 0
 
 
@@ -132,47 +132,6 @@ def _write(path: str | None, text: Callable[[], str]) -> None:
             raise RewriteError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _described(method: Any) -> str:
-    """A method's equation, its sites, its arguments and where it comes from."""
-    lines = [f"{method.name}: {_equation(method)}"]
-    default = f", by default @{method.default_sites}" if method.default_sites else ""
-    lines.append(f"  on {', '.join(sorted(method.kinds))}{default}")
-    known = arguments(method)
-    if known:
-        rows = [("argument", "default", "wants", ""), *(_row(argument) for argument in known)]
-        lines += [f"  {line}" for line in table(rows)]
-    for argument in known:
-        if isinstance(argument.choices, Mapping):
-            lines += [f"  {argument.name}={name}: {text}" for name, text in _choices(argument.choices)]
-    return "\n".join([*lines, *([f"  {method.paper}"] if method.paper else [])])
-
-
-def _equation(cls: type) -> str:
-    return (cls.__doc__ or "").partition("\n")[0].strip()
-
-
-def _row(argument: Argument) -> tuple[str, str, str, str]:
-    words = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
-    limits = [f"{words[key]} {value}" for key, value in argument.limits.items() if value is not None]
-    return argument.name, _spelled(argument.default), ", ".join([argument.wants, *limits]), argument.help
-
-
-def _choices(choices: Mapping[str, type]) -> Iterator[tuple[str, str]]:
-    """(choice, what it does); a choice with arguments of its own shows them in parentheses."""
-    for name, cls in choices.items():
-        inner = ", ".join(f"{a.name}={_spelled(a.default)}" for a in arguments(cls))
-        yield (f"{name}({inner})" if inner else name), _equation(cls)
-
-
-def _spelled(value: Any) -> str:
-    """A default as it is written in a spec."""
-    if value is dataclasses.MISSING:
-        return "required"
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return type(value).__name__.lower() if dataclasses.is_dataclass(value) else str(value)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rewrite",
@@ -213,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     counted.add_argument("--json", metavar="FILE", help="write the numbers")
     listed = _command(commands, "methods", methods, "list the methods and their arguments", "lora")
     listed.add_argument("names", nargs="*", metavar="method", help="only these")
+    listed.add_argument("--markdown", action="store_true", help="a table, as docs/methods.md has it")
     _add_finetune(commands)
     return parser
 

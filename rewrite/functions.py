@@ -125,7 +125,7 @@ def activation(here: Here) -> Callable[..., Any]:
         named, gate = here.split(theta)
         whole = y.movedim(layer.channel, -1) if layer.channel != -1 else y
         part = whole if rows is None else rows.take(whole, -1)
-        named = {n: t if t.dtype == y.dtype else t.to(y.dtype) for n, t in named.items()}
+        named = {n: t.to(y.dtype) if t.dtype.is_floating_point else t for n, t in named.items()}
         new = method.output(_dropped(method, x, training), part, **named)
         new = new if rows is None else rows.replace(whole, new, -1)
         new = new.movedim(-1, layer.channel) if layer.channel != -1 else new
@@ -146,6 +146,18 @@ def fed(here: Here) -> Callable[..., Any]:
         return _between(x, new, gate)
 
     return typed(method.name, "branch", reference)
+
+
+@functools.cache
+def virtual(here: Here) -> Callable[..., Any]:
+    """The virtual tokens, or the keys and values, that a method puts in front of what a model reads."""
+    method = here.method
+
+    def reference(*theta: Any, training: bool) -> Any:
+        named, _ = here.split(theta)
+        return getattr(method, method.view())(**named)
+
+    return typed(method.name, "tokens", reference)
 
 
 @functools.cache
@@ -187,7 +199,7 @@ Merged = Callable[..., tuple[Any, Any]]
 def merged(here: Here) -> Merged | None:
     """How the method merges at such a site; None where it has no merged form."""
     view = here.method.view()
-    if view in ("output", "input") and not here.method.pointwise:
+    if view in ("tokens", "past") or (view in ("output", "input") and not here.method.pointwise):
         return None
     return functools.partial(_MERGED[view], here)
 

@@ -19,13 +19,14 @@ from torch.export import ExportedProgram
 
 from rewrite import structure
 from rewrite.codegen.maps import LINEAR, LayerMap, Matmul
+from rewrite.entry import Entry, entry_of
 from rewrite.layers import is_conv1d, layer_of, layer_of_reader
 from rewrite.paths import joined
 from rewrite.structure.inputs import Inputs
 from rewrite.structure.program import of_program
 from rewrite.structure.roles import Structure, Use
 
-Kind = Literal["linear", "conv", "embedding", "norm", "expert", "other"]
+Kind = Literal["linear", "conv", "embedding", "norm", "expert", "tokens", "other"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Inventory:
     lists: frozenset[str]  # paths of all lists of modules
     head: str | None  # path of the output projection, where the model says which it is
     structure: Structure | None = None
+    entry: Entry | None = None  # where tokens enter it
     untraced: str = ""  # why there is no structure
 
 
@@ -99,7 +101,9 @@ def take(model: nn.Module, batch: Inputs | None = None) -> Inventory:
             places.append(_place(path, module, tensors, tied, path not in uncalled))
             places += _experts(places[-1], module)
     lists = _lists(model)
-    found = Inventory(type(model).__name__, tuple(places), block_lists(lists), frozenset(lists), _head(model))
+    found = Inventory(
+        type(model).__name__, tuple(places), block_lists(lists), frozenset(lists), _head(model), entry=entry_of(model)
+    )
     try:
         seen = structure.of(model, batch, found.blocks) if places else None
     except structure.TraceError as error:

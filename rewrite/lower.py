@@ -54,6 +54,8 @@ def lower(placed: Placement, alone: bool = True) -> Graft:
     if view == "train":
         slots = {name: Slot(shape, site.dtype) for name, shape in placed.trained}
         return Graft(where="train", slots=slots, **common)
+    if site.entry is not None:  # a graft of the model, which knows its embedding by name
+        common |= {"path": "", "tensor": site.place.parameter}
     here = Here(method, tuple(params), site.rows, site.place.map, bool(placed.clause.label))
     return Graft(
         slots=_slots(params, site.dtype, clause),
@@ -66,7 +68,7 @@ def lower(placed: Placement, alone: bool = True) -> Graft:
     )
 
 
-STAGES = ("storage", "weight", "delta", "output", "input", "train")
+STAGES = ("storage", "weight", "delta", "output", "input", "tokens", "past", "train")
 """The order in which methods at one site compose, whatever their order in the spec; within a stage, that of the spec.
 
 A rewritten weight is that of the base, updates add to it, and what scales an output scales all of it.
@@ -138,11 +140,17 @@ def _input(here: Here, site: Site, alone: bool) -> dict[str, Any]:
     return {"where": "input", "op": functions.fed(here)}
 
 
+def _virtual(here: Here, site: Site, alone: bool) -> dict[str, Any]:
+    return {"where": here.method.view(), "op": functions.virtual(here)}
+
+
 _MAKE: dict[str, Callable[[Here, Site, bool], dict[str, Any]]] = {
     "delta": _delta,
     "weight": _weight,
     "output": _output,
     "input": _input,
+    "tokens": _virtual,
+    "past": _virtual,
 }
 
 

@@ -6,6 +6,7 @@ A method states its maths once, by overriding exactly one view:
 - `weight(W, **theta)`        a rewritten weight, over the weight itself as a form; `shifted(W, b, ...)` is its bias
 - `output(x, y, **theta)`     a branch on a module's input and output
 - `input(x, **theta)`         a change of a module's input
+- `tokens(**theta)`          virtual tokens in front of a model's input; `past(**theta)` keys and values before it
 - `encode(W)` / `decode(...)` a storage format of the weight itself
 - nothing, with `trains`:     base tensors of the site are trained
 
@@ -59,7 +60,8 @@ class Param:
 
     `init` fills an empty tensor in place (as `torch.nn.init` functions do).  A `shared` one is one tensor for all sites
     of the clause, as large as the largest of them, of which every site sees its leading part.  `lr` is the factor on
-    the learning rate, and without `decay` an optimizer leaves it alone (`rewrite.parameter_groups`).
+    the learning rate, and without `decay` an optimizer leaves it alone (`rewrite.parameter_groups`).  `dtype` is for
+    tensors of whole numbers (indices); the others have that of the base, or float32 where that is smaller.
     """
 
     shape: tuple[int, ...]
@@ -68,6 +70,7 @@ class Param:
     shared: bool = False
     lr: float = 1.0
     decay: bool = True
+    dtype: torch.dtype | None = None
 
 
 def kaiming(tensor: Tensor) -> Tensor:
@@ -132,6 +135,14 @@ class Method:
         """The changed input of a module, channels last."""
         raise NotImplementedError
 
+    def tokens(self, **theta: Any) -> Tensor:
+        """The embeddings (n, width) of virtual tokens.  The first tensor of the method has n rows."""
+        raise NotImplementedError
+
+    def past(self, **theta: Any) -> Tensor:
+        """Keys and values (n, layers, 2, heads, width) of n tokens that were never there; n rows as in `tokens`."""
+        raise NotImplementedError
+
     def regulariser(self, **theta: Any) -> Tensor | None:
         """A term of the loss for one site, or None (`rewrite.regulariser`)."""
         return None
@@ -162,7 +173,7 @@ class Method:
         return None
 
     def view(self) -> str:
-        """The one view that this method states: delta, weight, output, input, storage or train."""
+        """The one view that this method states: delta, weight, output, input, tokens, past, storage or train."""
         if self.trains:
             return "train"
         stated = [v for v in VIEWS if states(self, v)]
@@ -171,7 +182,7 @@ class Method:
         return "storage" if stated == ["encode"] else stated[0]
 
 
-VIEWS = ("delta", "weight", "output", "input", "encode")
+VIEWS = ("delta", "weight", "output", "input", "tokens", "past", "encode")
 
 
 def states(method: Method, name: str) -> bool:
@@ -184,6 +195,8 @@ def refusal(method: Method, site: Site) -> str | None:
     if (reason := method.fits(site)) is not None:
         return reason
     dropout, view = getattr(method, "dropout", 0.0), method.view()
+    if site.entry is not None:
+        return site.entry.refusal(view)
     if site.place.map.reads_ids and (view == "input" or dropout):
         return "it changes activations, and this layer reads ids" + (": set dropout=0 there" if dropout else "")
     if site.rows is not None and (view == "input" or states(method, "shifted")):
@@ -201,7 +214,7 @@ def refusal(method: Method, site: Site) -> str | None:
 
 def on_meta(method: Method, site: Site) -> dict[str, Tensor]:
     """The tensors of a method at a site without their values."""
-    return {name: torch.empty(p.shape, device="meta") for name, p in method.params(site).items()}
+    return {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in method.params(site).items()}
 
 
 def shifts(method: Method, site: Site) -> bool:

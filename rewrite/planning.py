@@ -202,7 +202,9 @@ class _Resolver(Selection):
         if (reason := refusal(method, site)) is not None:
             raise self.error(clause, f"{method.name} does not fit {site.name}: {reason}")
         view = method.view()
-        if view in ("storage", "weight") and site.place.tied:
+        if view in ("tokens", "past") and clause.label:
+            raise self.error(clause, f"{method.name} changes how many tokens there are: it cannot be switched by name")
+        if view in ("storage", "weight") and site.place.tied and not site.shared:
             raise self.error(
                 clause,
                 f"{method.name} would replace the weight of {site.path}, which {site.place.tied[0]} shares",

@@ -112,6 +112,8 @@ def _named(term: Term, site: Site) -> bool:
     """Whether a term selects a site; a pattern that names a container names what is in it."""
     if term.kind == "role":
         return term.text in site.roles
+    if site.shared:  # one adapter for two modules is asked for by its word: a path means the module
+        return False
     if term.kind == "glob":
         return any(fnmatch.fnmatchcase(path, term.text) for path in upwards(site.weight))
     return any(re.fullmatch(term.text, path) for path in upwards(site.weight))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from rewrite.codegen.maps import LINEAR, Rows
+from rewrite.entry import Entry
 from rewrite.inventory import Inventory, Place
 from rewrite.paths import element_of, parent, upwards
 from rewrite.structure.roles import Part, Use
@@ -55,6 +56,7 @@ class Site:
     stack: str | None = None
     layer: int | None = None
     shared: bool = False  # one adapter for all places that share its weight
+    entry: Entry | None = None  # of the tokens of the whole model, where the site is that
 
     @property
     def path(self) -> str:
@@ -170,6 +172,9 @@ class _Finder:
 
     def sites(self, place: Place) -> Iterator[Site]:
         stack, layer = self.where(place.path)
+        entry = self.inventory.entry
+        if entry is not None and place.kind == "embedding" and place.path == entry.path:
+            yield Site(replace(place, kind="tokens", map=LINEAR, tied=()), ("input",), None, stack, layer, entry=entry)
         for roles, rows in self.roles(place):
             yield Site(place, (*roles, *_in_stack(roles, place.path, stack)), rows, stack, layer)
         if place.kind == "embedding" and place.tied:

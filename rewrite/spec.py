@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, TypeAlias
 
 ROLES = (
-    *("linear", "conv", "norm", "embed", "head", "base", "block", "blocks", "router", "tied", "mixer"),
+    *("linear", "conv", "norm", "embed", "head", "base", "block", "blocks", "router", "tied", "mixer", "input"),
     *("attn", "attn.q", "attn.k", "attn.v", "attn.o", "attn.qkv"),
     *("cross", "cross.q", "cross.k", "cross.v", "cross.o", "cross.qkv"),
     *("ffn", "ffn.up", "ffn.gate", "ffn.down", "ffn.gate_up"),

@@ -1,11 +1,13 @@
 """Puts grafts on a model with PyTorch's own mechanisms, and takes them off again, bit for bit.
 
-`input` and `output` grafts are child modules called by one forward hook each; `weight` and `storage` grafts are
-parametrisations.  Nothing here compiles.  A failed attach leaves the model as it was.
+`input` and `output` grafts are child modules called by one forward hook each, as those of virtual tokens are
+(`runtime.prompts`); `weight` and `storage` grafts are parametrisations.  Nothing here compiles.  A failed attach
+leaves the model as it was.
 """
 
 from __future__ import annotations
 
+import operator
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +19,7 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from rewrite.errors import RewriteError
-from rewrite.runtime import captures, huggingface
+from rewrite.runtime import captures, huggingface, prompts
 from rewrite.runtime.adapter import (
     ADAPTERS,
     Adapter,
@@ -100,7 +102,13 @@ def attach(
     return model
 
 
-_ADAPTERS: dict[str, type[Adapter]] = {"input": Branch, "output": Branch, "weight": Reparametrisation}
+_ADAPTERS: dict[str, type[Adapter]] = {
+    "input": Branch,
+    "output": Branch,
+    "tokens": Branch,
+    "past": Branch,
+    "weight": Reparametrisation,
+}
 
 
 def _filled(
@@ -108,13 +116,13 @@ def _filled(
 ) -> Adapter:
     """A new adapter on the module's device with its initial values, or those of a checkpoint."""
     module = model.get_submodule(graft.path)
-    weight = getattr(module, graft.tensor)
+    weight = operator.attrgetter(graft.tensor)(module)
     new = [n for n, slot in graft.slots.items() if slot.shared and slot.shared not in shared]
     adapter = _ADAPTERS[graft.where](graft, weight.device, shared)
     adapter.train(module.training)
     if weight.device.type == "meta":
         return adapter
-    prefix = f"{graft.path}.{ADAPTERS}.{graft.name}."
+    prefix = _key(graft.path, f"{ADAPTERS}.{graft.name}.")
     with torch.no_grad():
         if values is not None:
             for name, slot in graft.slots.items():
@@ -139,6 +147,8 @@ def _attach_output(model: nn.Module, graft: Graft, adapter, values, state: Attac
         module.register_forward_hook(call_adapters, with_kwargs=True)
     if graft.where == "input" and feed_adapters not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(feed_adapters, with_kwargs=True)
+    if graft.where in ("tokens", "past"):
+        prompts.hook(module)
     adapters: Any = module._modules[ADAPTERS]
     adapters[graft.name] = adapter
 
@@ -188,6 +198,8 @@ def _attach_train(model: nn.Module, graft: Graft, adapter, values, state: Attach
 _ATTACH: dict[str, Callable[..., None]] = {
     "input": _attach_output,
     "output": _attach_output,
+    "tokens": _attach_output,
+    "past": _attach_output,
     "weight": _attach_weight,
     "storage": _attach_storage,
     "train": _attach_train,
@@ -224,7 +236,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
         if graft.where == "train":
             found |= {_key(graft.path, name): module.get_parameter(name) for name in graft.slots}
         elif graft.where != "storage":
-            adapter, prefix = adapter_of(module, graft), f"{graft.path}.{ADAPTERS}.{graft.name}."
+            adapter, prefix = adapter_of(module, graft), _key(graft.path, f"{ADAPTERS}.{graft.name}.")
             found |= {prefix + name: getattr(adapter, name) for name in graft.slots}
     first = {id(value): name for name, value in reversed(found.items())}  # a shared tensor goes by its first name
     return {name: value.detach() for name, value in found.items() if first[id(value)] == name}
@@ -233,7 +245,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 def adapter_of(module: nn.Module, graft: Graft) -> Adapter:
     """The adapter module that holds the tensors of a graft."""
     held: Any
-    if graft.where in ("input", "output"):
+    if graft.where in ("input", "output", "tokens", "past"):
         held = module._modules[ADAPTERS]
         return held[graft.name]
     held = module._modules["parametrizations"]
@@ -285,10 +297,10 @@ def strip(model: nn.Module) -> nn.Module:
     captures.forget(model)
     for _, module, _ in list(adapted_modules(model)):
         delattr(module, ADAPTERS)
-        for key in [k for k, hook in module._forward_hooks.items() if hook is call_adapters]:
+        for key in [k for k, hook in module._forward_hooks.items() if hook in (call_adapters, prompts.forget)]:
             del module._forward_hooks[key]
             module._forward_hooks_with_kwargs.pop(key, None)
-        for key in [k for k, hook in module._forward_pre_hooks.items() if hook is feed_adapters]:
+        for key in [k for k, hook in module._forward_pre_hooks.items() if hook in (feed_adapters, prompts.feed)]:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
     for module in model.modules():

@@ -15,7 +15,7 @@ import torch
 from rewrite.codegen.maps import LINEAR, LayerMap, Rows
 
 Tensor = torch.Tensor
-Where = Literal["input", "output", "weight", "storage", "train"]
+Where = Literal["input", "output", "weight", "storage", "tokens", "past", "train"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,9 @@ class Graft:
                `output`: `op(x, y, *read, *tensors, training=)` changes its output; it reads the module's tensors
                named in `reads`;
                `weight`: `op(W, *tensors)` reparameterises `tensor`;
+               `tokens`: `op(*tensors, training=)` are embeddings (n, width) in front of the input of the model, whose
+               embedding `tensor` is; `past`: keys and values (n, layers, 2, heads, width) before it; n is the number
+               of rows of the first tensor (`runtime.prompts`);
                `storage`: `op(*stored)` decodes `tensor`, `encode(W)` made the stored tensors;
                `train`: the base tensors named in `tensors` are trained, nothing is added.
     initialise `(W (..., d_out, d_in), {slot: tensor})` fills the tensors in place; W is the matrix, `rows`

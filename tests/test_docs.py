@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import rewrite
+from rewrite.catalogue import page
 
 ROOT = Path(__file__).parents[1]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -33,3 +34,7 @@ def test_page(page):
 @pytest.mark.parametrize("name", modules())
 def test_docstrings(name):
     assert not doctest.testmod(importlib.import_module(name), optionflags=FLAGS).failed
+
+
+def test_the_table_of_methods_is_the_registry():
+    assert page(rewrite.methods().values()) in (ROOT / "docs/methods.md").read_text(encoding="utf-8")

@@ -1,6 +1,10 @@
 """Structured matrices: what updates of weights, and factors of them, are made of.  `form` explains the algebra."""
 
 from rewrite.codegen.forms.base import Base
+from rewrite.codegen.forms.block_diagonal import BlockDiagonal
+from rewrite.codegen.forms.blocks import LowRankBlocks, Tiled
+from rewrite.codegen.forms.butterfly import Butterfly
+from rewrite.codegen.forms.circulant import Circulant
 from rewrite.codegen.forms.form import (
     IN,
     OUT,
@@ -15,21 +19,43 @@ from rewrite.codegen.forms.form import (
     Spread,
     Sum,
 )
+from rewrite.codegen.forms.hadamard import Hadamard
+from rewrite.codegen.forms.householder import Householder
+from rewrite.codegen.forms.kronecker import Kronecker
 from rewrite.codegen.forms.low_rank import LowRank
+from rewrite.codegen.forms.orthogonal import cayley, cayley_neumann, skew
+from rewrite.codegen.forms.sparse import Coordinates, RowSparse, scattered
+from rewrite.codegen.forms.spectral import Fourier, Haar
 
 __all__ = [
     "IN",
     "OUT",
     "TOKENS",
     "Base",
+    "BlockDiagonal",
+    "Butterfly",
+    "Circulant",
+    "Coordinates",
     "Dense",
     "Diagonal",
     "Form",
     "Formed",
+    "Fourier",
+    "Haar",
+    "Hadamard",
+    "Householder",
+    "Kronecker",
     "LowRank",
+    "LowRankBlocks",
     "Product",
+    "RowSparse",
     "Scaled",
     "Shift",
     "Spread",
     "Sum",
+    "Tiled",
+    "cayley",
+    "cayley_neumann",
+    "scattered",
+    "skew",
 ]

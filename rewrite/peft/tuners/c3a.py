@@ -1,0 +1,16 @@
+"""C3A."""
+
+from __future__ import annotations
+
+from rewrite.peft.tuner import Tuner
+
+
+class C3aTuner(Tuner):
+    """Circulant blocks."""
+
+    type = "C3A"
+    methods = ("c3a",)
+    arguments = {"block_size": ("block_size", 256)}
+    starts = frozenset({"init_weights"})
+    bias_only = "c3a_only"
+    tensors = {"w": "c3a_kernel"}

@@ -1,0 +1,17 @@
+"""FOURIERFT: the places follow from the seed."""
+
+from __future__ import annotations
+
+from rewrite.peft.tuner import Tuner
+
+
+class FourierftTuner(Tuner):
+    """A few entries of a spectrum."""
+
+    type = "FOURIERFT"
+    methods = ("fourierft",)
+    transposed = True
+    arguments = {"n": ("n_frequency", 1000), "scale": ("scaling", 150.0), "seed": ("random_loc_seed", 777)}
+    starts = frozenset({"init_weights", "fan_in_fan_out"})
+    bias_only = "fourier_only"
+    tensors = {"c": "fourierft_spectrum"}

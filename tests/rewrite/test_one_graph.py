@@ -1,0 +1,70 @@
+"""Every method is one graph on Llama: no break, also with gradient checkpointing, and equal to eager."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import rewrite
+from tests.models import assert_close, assert_same, disturb, gradients
+
+transformers = pytest.importorskip("transformers")
+
+SITES = ("linear-head", "attn.q,v", "norm", "embed", "attn.o,ffn.down")
+
+
+def llama() -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=53, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, attn_implementation="sdpa",
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).double()
+
+
+def spec(name: str) -> str:
+    """The method where it goes by default, or at the first of some sites that it takes."""
+    if rewrite.methods()[name].default_sites is not None:
+        return name
+    for words in SITES:
+        try:
+            rewrite.plan(llama(), f"{name}@{words}")
+            return f"{name}@{words}"
+        except rewrite.ResolveError:
+            continue
+    raise AssertionError(f"{name} takes none of {SITES}")
+
+
+def compiled(name: str, checkpointing: bool) -> torch.nn.Module:
+    model = disturb(rewrite.attach(llama(), spec(name)))
+    if checkpointing:
+        model.gradient_checkpointing_enable()  # type: ignore[operator]
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    model = rewrite.compile(rewrite.remove(model), spec(name), backend="eager")
+    model.load_state_dict(state)
+    return model.train()
+
+
+@pytest.mark.parametrize(
+    "checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "checkpointing"]
+)
+@pytest.mark.parametrize("name", sorted(rewrite.methods()))
+def test_one_graph(name: str, checkpointing: bool):
+    torch.manual_seed(1)
+    counters.clear()
+    model = compiled(name, checkpointing)
+    ids = torch.randint(0, 53, (2, 7), generator=torch.Generator().manual_seed(2))
+    trains = any(p.requires_grad for p in model.parameters())
+    results = []
+    for call in (model, model.forward):
+        loss = call(input_ids=ids, labels=ids, use_cache=False).loss
+        if trains:
+            loss.backward()
+        results.append((loss.detach(), gradients(model)))
+    (loss, found), (expected, wanted) = results
+    assert_close(loss, expected)
+    assert_same(found, wanted)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert "none in eager" in rewrite.explain(model)
