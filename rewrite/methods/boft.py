@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rewrite.codegen.forms import Butterfly, Diagonal, Form, cayley
+from rewrite.codegen.forms import Base, Butterfly, Diagonal, Form, cayley
 from rewrite.method import Method, Param, Tensor, arg
 from rewrite.methods.oft import block_size
 from rewrite.sites import Site
@@ -39,6 +39,6 @@ class Boft(Method):
             return f"factors={self.factors} wants even blocks in groups of {groups}, not {count} of size {size}"
         return None
 
-    def weight(self, W: Form, R: Tensor, s: Tensor) -> Form:
+    def weight(self, W: Base, R: Tensor, s: Tensor) -> Form:  # pyright: ignore[reportIncompatibleMethodOverride]
         rotations = cayley((R - R.transpose(-2, -1)) / 2)
         return Diagonal(s.squeeze(-1)) @ (W @ Butterfly(rotations.transpose(-2, -1)))

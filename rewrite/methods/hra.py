@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rewrite.codegen.forms import Form, Householder
+from rewrite.codegen.forms import Base, Form, Householder
 from rewrite.method import Method, Param, Tensor, arg, kaiming
 from rewrite.sites import Site
 
@@ -38,5 +38,5 @@ class Hra(Method):
     def params(self, site: Site) -> dict[str, Param]:
         return {"U": Param((*site.leading, site.in_features, self.r), paired)}
 
-    def weight(self, W: Form, U: Tensor) -> Form:
+    def weight(self, W: Base, U: Tensor) -> Form:  # pyright: ignore[reportIncompatibleMethodOverride]
         return W @ Householder.reflections(U)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from rewrite.codegen.forms import BlockDiagonal, Form, cayley, cayley_neumann, skew
+from rewrite.codegen.forms import Base, BlockDiagonal, Form, cayley, cayley_neumann, skew
 from rewrite.method import Method, Param, Tensor, arg
 from rewrite.sites import Site
 
@@ -42,9 +43,10 @@ class Oft(Method):
     def fits(self, site: Site) -> str | None:
         return "a single channel cannot be rotated" if 0 in next(iter(self.params(site).values())).shape else None
 
-    def weight(self, W: Form, R: Tensor | None = None, E: Tensor | None = None) -> Form:
-        # The output of an embedding is rotated: its inputs are rows of a table.
-        return W @ self.rotation(R, W.shape[-1]) if E is None else self.rotation(E, W.shape[-2]) @ W
+    def weight(self, W: Base, **theta: Tensor) -> Form:
+        if "E" in theta:  # the output of an embedding is rotated: its inputs are rows of a table
+            return self.rotation(theta["E"], W.shape[-2]) @ W
+        return W @ self.rotation(theta["R"], W.shape[-1])
 
     def rotation(self, entries: Tensor, width: int) -> Form:
         """diag(R_1, ..., R_n)' for entries (..., n, b (b - 1) / 2)."""
@@ -61,7 +63,7 @@ class Oft(Method):
         limit = (self.coft or 0.0) / math.sqrt(entries.shape[-2])
         return entries * (limit / norm.clamp(min=limit))
 
-    def schedule(self, step: int, sites: Sequence[Mapping[str, Tensor]]) -> None:
+    def schedule(self, step: int, sites: Sequence[Mapping[str, Tensor]], memory: dict[Any, Any]) -> None:
         for theta in sites if self.coft is not None else ():
             for entries in theta.values():
                 entries.copy_(self.projected(entries))

@@ -70,12 +70,10 @@ class Randlora(Method):
             gamma: Param((*site.leading, count, narrow), start),
         }
 
-    def delta(
-        self, A: Tensor, B: Tensor, lam: Tensor, gamma_in: Tensor | None = None, gamma_out: Tensor | None = None
-    ) -> Form:
-        gamma = gamma_out if gamma_in is None else gamma_in
+    def delta(self, A: Tensor, B: Tensor, lam: Tensor, **gammas: Tensor) -> Form:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (side, gamma), *_ = gammas.items()
         # As HF PEFT has it: A counts rank by part where B counts part by rank.
         inner = (lam[..., None] * A * gamma.unsqueeze(-3)).flatten(-3, -2)
         outer = B.flatten(1).expand(*lam.shape[:-2], B.shape[0], inner.shape[-2])
         narrow = LowRank(outer, inner)
-        return (narrow.T if gamma_in is None else narrow) * ((self.alpha or self.r) / self.r)
+        return (narrow if side == "gamma_in" else narrow.T) * ((self.alpha or self.r) / self.r)

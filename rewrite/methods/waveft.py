@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rewrite.codegen.forms import Coordinates, Form, Haar, scattered
+from rewrite.codegen.forms import Base, Coordinates, Form, Haar, scattered
 from rewrite.method import Method, Param, Tensor, arg
 from rewrite.sites import Site
 
@@ -31,7 +31,7 @@ class Waveft(Method):
         )
         return {"c": Param((*site.leading, count)), "at": at}
 
-    def weight(self, W: Form, c: Tensor, at: Tensor) -> Form:
+    def weight(self, W: Base, c: Tensor, at: Tensor) -> Form:  # pyright: ignore[reportIncompatibleMethodOverride]
         d_out, d_in = W.shape[-2:]
         rows, columns = at.select(0, 0), at.select(0, 1)
         if not self.idwt:

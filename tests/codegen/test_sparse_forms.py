@@ -134,6 +134,7 @@ def test_half_precision_sums_in_single(form):
     S = S.map(lambda t: t.float().requires_grad_())
     y = S.apply(x)
     y.float().sum().backward()
+    assert x.grad is not None
     assert y.dtype == x.grad.dtype == torch.bfloat16
     assert S.values.grad.dtype == torch.float32
     expected = x.double() @ S.materialise().double().T

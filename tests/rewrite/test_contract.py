@@ -8,9 +8,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -20,10 +19,11 @@ from torch import nn
 
 import rewrite
 from rewrite import inventory, planning
-from rewrite.bind import Argument, arguments
+from rewrite.bind import arguments
 from rewrite.runtime import attach as attaching
 from rewrite.runtime.graft import Graft
 from tests.models import assert_close, assert_same, changed, disturb, frozen, gradients, traces
+from tests.rewrite.variants import binds, others, variants
 
 SITES: dict[str, tuple[str, ...]] = {
     "linear": ('linear-"mix"', '"mix"'),  # attention reads its weights, it never calls their layers
@@ -105,39 +105,6 @@ def ids(rows: int = 3, tokens: int = 5) -> torch.Tensor:
     return torch.randint(0, 23, (rows, tokens), generator=torch.Generator().manual_seed(8))
 
 
-def variants(cls: type) -> Iterator[str]:
-    """The arguments of a method as the spec spells them: none, and each of them at other values."""
-    yield ""
-    for argument in arguments(cls):
-        for value in others(argument):
-            yield f"{argument.name}={value}"
-
-
-def others(argument: Argument) -> Iterator[str]:
-    """Values of an argument that are not its default."""
-    known = argument.choices or ()
-    yield from (name for name in known if not is_default(argument, name))
-    if isinstance(known, Mapping):
-        for name, cls in known.items():
-            yield from (f"{name}({inner})" for inner in variants(cls) if inner)
-    options = set(argument.wants.split(" or "))
-    if "true or false" in argument.wants:
-        yield str(not argument.default).lower()
-    if {"an int", "a float"} & options:
-        low, high = argument.limits.get("low"), argument.limits.get("high")
-        number = int(low or 2) if "an int" in options else min(0.5, high or math.inf)
-        if number != argument.default:
-            yield str(number)
-    for option in options:
-        if option.startswith("one of ") and not known:
-            yield from (name for name in option.removeprefix("one of ").split(", ") if name != argument.default)
-
-
-def is_default(argument: Argument, name: str) -> bool:
-    default = argument.default
-    return name == default or (isinstance(argument.choices, Mapping) and type(default) is argument.choices[name])
-
-
 def sites(call: str, kinds: frozenset[str]) -> tuple[list[str], dict[str, str]]:
     """The words that a method takes with these arguments, and those that it refuses, with the reason."""
     taken, refused = [], {}
@@ -148,15 +115,6 @@ def sites(call: str, kinds: frozenset[str]) -> tuple[list[str], dict[str, str]]:
         except rewrite.ResolveError as error:
             refused[word] = str(error).splitlines()[0]
     return taken, refused
-
-
-def binds(call: str) -> bool:
-    """Whether a method takes these arguments together, wherever it stands."""
-    try:
-        rewrite.parse(f"{call}@base")
-    except rewrite.SpecError:
-        return False
-    return True
 
 
 METHODS = {name: cls for name, cls in rewrite.methods().items() if cls.kinds & SITES.keys()}
