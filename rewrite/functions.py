@@ -18,7 +18,7 @@ import rewrite.codegen.ops  # noqa: F401  (defines torch.ops.rewrite)
 from rewrite.codegen.forms import Base, Dense, Form, Formed
 from rewrite.codegen.maps import LayerMap, Matmul, Rows
 from rewrite.codegen.typed import typed
-from rewrite.method import Method
+from rewrite.method import Method, update
 
 Tensor = torch.Tensor
 
@@ -32,6 +32,11 @@ class Here:
     rows: Rows | None
     layer: LayerMap
     gated: bool
+    shape: tuple[int, int] = (0, 0)  # of the matrix, (d_out, d_in), where the method asks for it
+
+    def update(self, named: dict[str, Any]) -> Form:
+        """The update that the method states there."""
+        return update(self.method, named, self.shape)
 
     def split(self, theta: tuple[Any, ...]) -> tuple[dict[str, Any], Any]:
         """(tensors by name, gate or None) of what a typed function is called with."""
@@ -63,7 +68,7 @@ def branch(here: Here, factored: bool) -> Callable[..., Any]:
         named, gate = here.split(theta)
         x = _dropped(method, x, training)
         like = y if layer.reads_ids else None
-        for term in method.delta(**named).terms():
+        for term in here.update(named).terms():
             term = term if factored or term.shift() is not None else Formed(term)
             term = term if gate is None else term.gated(_aligned(gate, y))
             if rows is None:
@@ -84,7 +89,7 @@ def updated(here: Here) -> Callable[..., Any]:
 
     def reference(W: Any, *theta: Any) -> Any:
         named, gate = here.split(theta)
-        form = here.method.delta(**named)
+        form = here.update(named)
         return (form if gate is None else form.gated(_aligned(gate))).add_to(W, here.layer, here.rows)
 
     return typed(here.method.name, "weight", reference)
@@ -206,7 +211,7 @@ def merged(here: Here) -> Merged | None:
 
 def _merged_delta(here: Here, W: Any, b: Any, *theta: Any) -> tuple[Any, Any]:
     named, gate = here.split(theta)
-    form, rows, layer = here.method.delta(**named), here.rows, here.layer
+    form, rows, layer = here.update(named), here.rows, here.layer
     form = form if gate is None else form.gated(_aligned(gate))
     dense, shift = form.materialise(), form.shift()
     if dense.ndim:  # of a shift alone it is a plain zero

@@ -17,7 +17,7 @@ from rewrite import functions
 from rewrite.codegen.forms import IN, OUT, TOKENS, Base, Form
 from rewrite.codegen.maps import Matmul
 from rewrite.functions import Here
-from rewrite.method import Method, Param, states
+from rewrite.method import Method, Param, asks_shape, states
 from rewrite.planning import Placement, Plan
 from rewrite.runtime.graft import Behaviour, Graft, Slot
 from rewrite.sites import Site
@@ -57,6 +57,8 @@ def lower(placed: Placement, alone: bool = True) -> Graft:
     if site.entry is not None:  # a graft of the model, which knows its embedding by name
         common |= {"path": "", "tensor": site.place.parameter}
     here = Here(method, tuple(params), site.rows, site.place.map, bool(placed.clause.label))
+    if asks_shape(type(method)):
+        here = replace(here, shape=(site.out_features, site.in_features))
     return Graft(
         slots=_slots(params, site.dtype, clause),
         initialise=functools.partial(_initialise, method, params),
@@ -109,7 +111,7 @@ def _decided(here: Here, shapes: Shapes, columns: int, rows: int) -> tuple[bool,
     W, *theta = (torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes)
     named, method = dict(zip(here.names, theta, strict=True)), here.method
     if method.view() == "delta":
-        form: Form | Tensor = method.delta(**named)
+        form: Form | Tensor = here.update(named)
         shifts = form.shift() is not None
     else:
         form, shifts = method.weight(Base(W), **named), states(method, "shifted")

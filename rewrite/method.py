@@ -17,6 +17,8 @@ A method states its maths once, by overriding exactly one view:
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -116,7 +118,7 @@ class Method:
         return None
 
     def delta(self, **theta: Any) -> Form:
-        """A structured update of the weight."""
+        """A structured update of the weight; with a parameter `shape`, it is told (d_out, d_in) too."""
         raise NotImplementedError
 
     def weight(self, W: Any, **theta: Any) -> Form | Tensor:
@@ -217,8 +219,19 @@ def on_meta(method: Method, site: Site) -> dict[str, Tensor]:
     return {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in method.params(site).items()}
 
 
+def update(method: Method, theta: Mapping[str, Any], shape: tuple[int, int]) -> Form:
+    """The update that a method states for a matrix of that shape (d_out, d_in), which it is told where it asks."""
+    return method.delta(**theta, shape=shape) if asks_shape(type(method)) else method.delta(**theta)
+
+
+@functools.cache
+def asks_shape(cls: type[Method]) -> bool:
+    """Whether the `delta` of a method has a parameter `shape`."""
+    return "shape" in inspect.signature(cls.delta).parameters
+
+
 def shifts(method: Method, site: Site) -> bool:
     """Whether a method updates the bias too."""
     if method.view() == "delta":
-        return method.delta(**on_meta(method, site)).shift() is not None
+        return update(method, on_meta(method, site), (site.out_features, site.in_features)).shift() is not None
     return method.view() == "weight" and states(method, "shifted")

@@ -30,8 +30,7 @@ class Placement:
     @property
     def trained(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """(name, shape) of the base tensors that this placement trains."""
-        trains, tensors = self.method.trains, self.site.place.tensors
-        return tuple(t for t in tensors if trains is True or (trains and t[0] in trains))
+        return tuple(_trained(self.method, self.site).items())
 
     @property
     def trainable(self) -> int:
@@ -112,6 +111,12 @@ def placement_table(placed: Iterable[tuple[str, str, str, tuple[int, ...], int]]
     return table(rows)
 
 
+def _trained(method: Method, site: Site) -> dict[str, tuple[int, ...]]:
+    """The base tensors of a site that a method trains, by name, with their shapes."""
+    trains = method.trains
+    return {name: shape for name, shape in site.place.tensors if trains is True or (trains and name in trains)}
+
+
 def _numel(shape: tuple[int, ...]) -> int:
     count = 1
     for size in shape:
@@ -136,7 +141,9 @@ def resolve(inventory: Inventory, text: str | Spec, parameters: int = 0) -> Plan
         raise resolver.error(bound[0].clause, f"{inventory.model} has no parameters: there is nothing to adapt")
     placements: list[Placement] = []
     trained = [b for b in bound if b.method.trains]
-    taken = {s.weight for b in trained for s in resolver.select(b.sites, b.method)}
+    taken = {
+        s.weight for b in trained for s in resolver.select(b.sites, b.method) if s.place.tensor in _trained(b.method, s)
+    }
     for b in bound:
         placements += resolver.place(b, taken, placements)
     resolver.check_storage(placements)
@@ -155,6 +162,7 @@ class _Resolver(Selection):
         if method.view() in ("train", "storage"):
             chosen = self.whole(clause, method, chosen)
         if method.trains:
+            chosen = self.having(clause, method, chosen)
             chosen = self.once(chosen, {p.site.path for p in before if p.method.trains})
         placed = []
         for site in chosen:
@@ -182,6 +190,18 @@ class _Resolver(Selection):
                     f"write {wholes[site.weight].roles[0]}",
                 )
         return list({s.weight: wholes.get(s.weight, s) for s in chosen}.values())
+
+    def having(self, clause: Clause, method: Method, chosen: list[Site]) -> list[Site]:
+        """Those of the chosen sites that have a tensor which the method trains."""
+        kept = [s for s in chosen if _trained(method, s)]
+        if not kept:
+            wanted = " or ".join(method.trains) if isinstance(method.trains, tuple) else "tensor"
+            raise self.error(clause, f"'{clause}' selects {len(chosen)} sites, none of which has a {wanted} to train")
+        if len(kept) < len(chosen):
+            self.notes.append(
+                f"'{clause}' trains nothing at {len(chosen) - len(kept)} of {len(chosen)} sites: they have no such tensor"
+            )
+        return kept
 
     def once(self, chosen: list[Site], trained: set[str]) -> list[Site]:
         """The chosen sites without those whose one tensor is trained under another name already."""
@@ -212,6 +232,11 @@ class _Resolver(Selection):
             )
         for other in others:
             theirs = other.method.view()
+            mine, other_s = _trained(method, site), _trained(other.method, other.site)
+            if view == theirs == "train" and not mine.keys() & other_s.keys():
+                continue
+            if {view, theirs} == {"train", "storage"} and site.place.tensor not in mine | other_s:
+                continue
             if {view, theirs} <= {"train", "storage"}:
                 raise self.error(
                     clause,

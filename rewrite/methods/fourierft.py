@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rewrite.codegen.forms import Base, Coordinates, Form, Fourier, scattered
+from rewrite.codegen.forms import Coordinates, Form, Fourier, scattered
 from rewrite.method import Method, Param, Tensor, arg
 from rewrite.sites import Site
 
@@ -30,5 +30,5 @@ class Fourierft(Method):
         )
         return {"c": Param((*site.leading, count)), "at": at}
 
-    def weight(self, W: Base, c: Tensor, at: Tensor) -> Form:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return W + Fourier(Coordinates(c, at.select(0, 0), at.select(0, 1), *W.shape[-2:])) * self.scale
+    def delta(self, c: Tensor, at: Tensor, shape: tuple[int, int]) -> Form:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Fourier(Coordinates(c, at.select(0, 0), at.select(0, 1), *shape)) * self.scale

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rewrite.codegen.forms import Base, Form, RowSparse
+from rewrite.codegen.forms import Form, RowSparse
 from rewrite.method import Method, Param, Tensor, arg
 from rewrite.sites import Site
 
@@ -29,5 +29,5 @@ class Neuroada(Method):
         order = W.abs().sort(dim=-1, descending=True, stable=True).indices
         theta["at"].copy_(order[..., : theta["at"].shape[-1]])
 
-    def weight(self, W: Base, v: Tensor, at: Tensor) -> Form:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return W + RowSparse(v, at, W.shape[-1])
+    def delta(self, v: Tensor, at: Tensor, shape: tuple[int, int]) -> Form:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return RowSparse(v, at, shape[1])

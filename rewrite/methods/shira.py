@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rewrite.codegen.forms import Base, Coordinates, Form, scattered
+from rewrite.codegen.forms import Coordinates, Form, scattered
 from rewrite.method import Method, Param, Tensor, arg
 from rewrite.sites import Site
 
@@ -34,5 +34,5 @@ class Shira(Method):
             "at": Param((2, count), place, trainable=False, dtype=torch.int32),
         }
 
-    def weight(self, W: Base, v: Tensor, at: Tensor) -> Form:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return W + Coordinates(v, at.select(0, 0), at.select(0, 1), *W.shape[-2:])
+    def delta(self, v: Tensor, at: Tensor, shape: tuple[int, int]) -> Form:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Coordinates(v, at.select(0, 0), at.select(0, 1), *shape)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rewrite.codegen.forms import Base, Coordinates, Form, Haar, scattered
+from rewrite.codegen.forms import Coordinates, Form, Haar, scattered
 from rewrite.method import Method, Param, Tensor, arg
 from rewrite.sites import Site
 
@@ -31,10 +31,10 @@ class Waveft(Method):
         )
         return {"c": Param((*site.leading, count)), "at": at}
 
-    def weight(self, W: Base, c: Tensor, at: Tensor) -> Form:  # pyright: ignore[reportIncompatibleMethodOverride]
-        d_out, d_in = W.shape[-2:]
+    def delta(self, c: Tensor, at: Tensor, shape: tuple[int, int]) -> Form:  # pyright: ignore[reportIncompatibleMethodOverride]
+        d_out, d_in = shape
         rows, columns = at.select(0, 0), at.select(0, 1)
         if not self.idwt:
-            return W + Coordinates(c, rows, columns, d_out, d_in) * self.scale
+            return Coordinates(c, rows, columns, d_out, d_in) * self.scale
         even = Coordinates(c, rows, columns, d_out + d_out % 2, d_in + d_in % 2)
-        return W + Haar(even, d_out, d_in) * self.scale
+        return Haar(even, d_out, d_in) * self.scale

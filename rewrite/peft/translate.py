@@ -63,8 +63,8 @@ def _for_model(config: Config, tuner: Tuner, model: nn.Module) -> str:
         found.append(f"{call}@{','.join(named)}")
     if saved:
         found.append(f"full({', '.join(terms([t.path for t in saved], everything))})")
-    for ids, names in rows_of(config, model, adapted).items():
-        found.append(f"{written(('tokens', {'ids': ids}))}@{','.join(names)}")
+    for ids, rows in rows_of(config, model, adapted).items():
+        found.append(f"{written(('tokens', {'ids': ids}))}@{','.join(rows)}")
     if biased := _biased(config, tuner, model, adapted, saved):
         found.append(f"{_bias_method(config)}@{','.join(terms(biased, everything))}")
     return " + ".join(found)

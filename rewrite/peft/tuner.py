@@ -24,6 +24,7 @@ import math
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -102,6 +103,11 @@ class Key:
         return value if self.ours is None else self.ours(value)
 
 
+def table(entries: Mapping[str, Any]) -> Mapping[str, Any]:
+    """One of the tables of a tuner, which nobody changes."""
+    return MappingProxyType(dict(entries))
+
+
 def shaped(slot: str, name: str, part: Part, shape: tuple[int, ...]) -> Key:
     """A tensor that has another shape in a file, its numbers in the same order."""
     own = part.shape(slot)
@@ -128,14 +134,14 @@ class Tuner:
         SIDES  # of groups, dilation, padding_mode, padding by name, sides of other sizes
     )
     transposed: ClassVar[bool] = False  # whether it takes transformers' `Conv1D`
-    arguments: ClassVar[Mapping[str, tuple[str, Any]]] = {}  # argument: (field, default)
-    patterns: ClassVar[Mapping[str, str]] = {}  # field: field of exceptions
+    arguments: ClassVar[Mapping[str, tuple[str, Any]]] = MappingProxyType({})  # argument: (field, default)
+    patterns: ClassVar[Mapping[str, str]] = MappingProxyType({})  # field: field of exceptions
     starts: ClassVar[frozenset[str]] = frozenset()
     extra: ClassVar[frozenset[str]] = frozenset()  # further fields that `call` reads
-    only: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
+    only: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = MappingProxyType({})
     trained: ClassVar[str] = ""  # where the tensors of modules stand that it trains as they are
     bias_only: ClassVar[str] = ""  # the value of `bias` that trains the biases of adapted layers
-    tensors: ClassVar[Mapping[str, str]] = {}
+    tensors: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     @property
     def reads(self) -> frozenset[str]:

@@ -133,39 +133,47 @@ def _fields(tuner: Tuner, found: Sequence[tuple[Method, Part]]) -> dict[str, Any
                 path = part.path if part.kind != "parameter" else f"{part.path}.{part.graft.tensor}"
                 differing.setdefault(tuner.patterns[name], {})[f"^{re.escape(path)}"] = value
             elif main[name] != value:
-                raise RewriteError(
-                    f"PEFT has one {name} in a folder: {main[name]} and, at {part.path}, {value}; rewrite.save keeps both"
-                )
+                raise RewriteError(f"PEFT has one {name} in a folder: {main[name]}, or {value} at {part.path}")
     return main | lists | differing
 
 
 def _trained(model: nn.Module, trained: Sequence[Graft], modules: Iterable[str], tuner: Tuner) -> dict[str, Any]:
     """The fields for base tensors that are trained: whole modules, or the biases."""
-    whole, biased = [], set()
+    tensors: dict[str, set[str]] = {}
     for graft in trained:
-        own = {name for name, _ in model.get_submodule(graft.path).named_parameters(recurse=False)}
-        if set(graft.slots) == own:
-            whole.append(graft.path)
-        elif set(graft.slots) == {"bias"}:
-            biased.add(graft.path)
+        tensors.setdefault(graft.path, set()).update(graft.slots)
+    whole, biased = [], set[str]()
+    for path, names in tensors.items():
+        if names == {name for name, _ in model.get_submodule(path).named_parameters(recurse=False)}:
+            whole.append(path)
+        elif names == {"bias"}:
+            biased.add(path)
         else:
-            raise RewriteError(f"PEFT trains modules or biases: of {graft.path} only {', '.join(graft.slots)} is")
+            raise RewriteError(f"PEFT trains modules or biases: of {path} only {', '.join(sorted(names))} is trained")
     found: dict[str, Any] = {}
     if whole:
-        for path in whole:
-            if others := [p for p, _ in model.named_modules() if p.endswith(path) and p not in whole]:
-                raise RewriteError(f"PEFT would train {others[0]} too, whose name ends in {path}")
-        found["modules_to_save"] = whole
+        found["modules_to_save"] = _saved(model, whole)
     if biased:
         every = {p for p, m in model.named_modules() if isinstance(m._parameters.get("bias"), nn.Parameter)} - {*whole}
-        adapted = {p for p in modules if p in every}
-        if biased == adapted and tuner.bias_only:
+        if biased == {p for p in modules if p in every} and tuner.bias_only:
             found["bias"] = tuner.bias_only
         elif biased == every:
             found["bias"] = "all"
         else:
             raise RewriteError("PEFT trains all biases, or those of the adapted layers: this model trains others")
     return found
+
+
+def _saved(model: nn.Module, whole: Sequence[str]) -> list[str]:
+    """The outermost of these modules, which PEFT copies with all that they hold; it compares ends of names."""
+    outer = [path for path in whole if not any(path.startswith(f"{p}.") for p in whole)]
+    for path in outer:
+        held = [p for p, m in model.get_submodule(path).named_modules(prefix=path) if m._parameters]
+        if loose := [p for p in held if p not in whole]:
+            raise RewriteError(f"PEFT would train {loose[0]} too, which {path} holds")
+        if others := [p for p, _ in model.named_modules() if p.endswith(path) and p not in outer]:
+            raise RewriteError(f"PEFT would train {others[0]} too, whose name ends in {path}")
+    return outer
 
 
 def _selecting(model: nn.Module, wanted: Iterable[str]) -> list[str]:

@@ -218,10 +218,13 @@ _DIMS = {"conv1": (7,), "conv2": (7, 6), "conv3": (5, 4, 3)}
 
 
 def build(name: str, dtype: torch.dtype) -> nn.Module:
-    """The model of that name with the same random weights at every call."""
-    with torch.random.fork_rng():
+    """The model of that name with the same weights at every call, none at zero: a zero bias hides mistakes."""
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        return BUILDERS[name]().to(dtype).eval()
+        model = BUILDERS[name]()
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+        return model.to(dtype).eval()
 
 
 def batch(name: str, dtype: torch.dtype) -> dict[str, Any]:

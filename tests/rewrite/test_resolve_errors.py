@@ -371,3 +371,27 @@ def test_adapters_of_the_model_elsewhere_are_left_alone():
     ]
     rewrite.remove(model)
     assert changed(before, frozen(model)) == []
+
+
+class Biases(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 7, bias=False), nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x).relu())
+
+
+def test_bitfit_says_where_there_is_no_bias():
+    planned = rewrite.plan(Biases(), "bitfit@linear")
+    assert [p.site.path for p in planned.placements] == ["second"]
+    assert "trains nothing at 1 of 2 sites" in str(planned)
+    with pytest.raises(rewrite.ResolveError, match="none of which has a bias"):
+        rewrite.plan(Biases(), 'bitfit@"first"')
+
+
+def test_biases_train_beside_a_stored_or_a_trained_weight():
+    model = rewrite.attach(Biases(), 'bitfit@linear + nf4("first","second")')
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["second.bias"]
+    with pytest.raises(rewrite.ResolveError, match="it would be trained twice"):
+        rewrite.attach(Biases(), "bitfit@linear + full(linear)")

@@ -1,4 +1,8 @@
-"""ADALORA.  PEFT adds its orthogonal regularisation to the loss by itself; here it is `rewrite.regulariser(model)`."""
+"""ADALORA.
+
+PEFT adds its orthogonal regularisation to the loss by itself, as a mean over layers; here that is left to
+`rewrite.regulariser(model)`, which is the sum.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from typing import Any
 
 from rewrite.peft.config import Config
 from rewrite.peft.targets import Target
-from rewrite.peft.tuner import SIDES, Call, Kind, Part, Tuner
+from rewrite.peft.tuner import SIDES, Call, Kind, Part, Tuner, table
 
 _OTHER = "AdaLoRA has no such variant"
 
@@ -19,27 +23,34 @@ class AdaloraTuner(Tuner):
     kinds = frozenset({"linear", "conv2d"})
     honours = SIDES | {"dilation"}
     transposed = True
-    arguments = {
-        "r": ("init_r", 12),
-        "target": ("target_r", 8),
-        "alpha": ("lora_alpha", 8),
-        "dropout": ("lora_dropout", 0.0),
-        "steps": ("total_step", 1000),
-        "warmup": ("tinit", 0),
-        "final": ("tfinal", 0),
-        "every": ("deltaT", 1),
-        "beta1": ("beta1", 0.85),
-        "beta2": ("beta2", 0.85),
-        "orthogonal": ("orth_reg_weight", 0.5),
-    }
+    arguments = table(
+        {
+            "r": ("init_r", 12),
+            "target": ("target_r", 8),
+            "alpha": ("lora_alpha", 8),
+            "dropout": ("lora_dropout", 0.0),
+            "steps": ("total_step", 1000),
+            "warmup": ("tinit", 0),
+            "final": ("tfinal", 0),
+            "every": ("deltaT", 1),
+            "beta1": ("beta1", 0.85),
+            "beta2": ("beta2", 0.85),
+            "orthogonal": ("orth_reg_weight", 0.5),
+        }
+    )
     # `r` is a field of LoRA that AdaLoRA does not read; the others go with fields that are refused.
     starts = frozenset({"init_lora_weights", "fan_in_fan_out", "r", "qalora_group_size", "megatron_core"})
-    only = {
-        "rank_pattern": ((), "its ranks are cut: PEFT keeps the entries that are left, and the place of none of them"),
-        **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "target_parameters", "loftq_config"), ((), _OTHER)),
-    }
+    only = table(
+        {
+            "rank_pattern": (
+                (),
+                "its ranks are cut: PEFT keeps the entries that are left, and the place of none of them",
+            ),
+            **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "target_parameters", "loftq_config"), ((), _OTHER)),
+        }
+    )
     bias_only = "lora_only"
-    tensors = {"A": "lora_A", "B": "lora_B", "E": "lora_E"}
+    tensors = table({"A": "lora_A", "B": "lora_B", "E": "lora_E"})
 
     def call(self, config: Config, target: Target | None, kind: Kind) -> Call:
         name, given = super().call(config, target, kind)

@@ -8,8 +8,7 @@ from typing import Any
 
 from rewrite.peft.config import Config
 from rewrite.peft.targets import Target
-from rewrite.peft.tuner import Call, Key, Kind, Part, Tensor, Tuner, shaped
-
+from rewrite.peft.tuner import Call, Key, Kind, Part, Tensor, Tuner, shaped, table
 
 _FACTORS = "boft_n_butterfly_factor"
 
@@ -28,7 +27,7 @@ class BoftTuner(Tuner):
     extra = frozenset({"boft_block_size", "boft_block_num", _FACTORS})
     honours = frozenset()  # PEFT takes the first of the sizes of each side for all
     starts = frozenset({"init_weights", "fan_in_fan_out"})
-    only = {"boft_dropout": ((0, 0.0), "it drops blocks of a rotation, which no method of rewrite does")}
+    only = table({"boft_dropout": ((0, 0.0), "it drops blocks of a rotation, which no method of rewrite does")})
     bias_only = "boft_only"
 
     def call(self, config: Config, target: Target | None, kind: Kind) -> Call:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rewrite.peft.tuner import Tuner
+from rewrite.peft.tuner import Tuner, table
 
 
 class C3aTuner(Tuner):
@@ -10,7 +10,7 @@ class C3aTuner(Tuner):
 
     type = "C3A"
     methods = ("c3a",)
-    arguments = {"block_size": ("block_size", 256)}
+    arguments = table({"block_size": ("block_size", 256)})
     starts = frozenset({"init_weights"})
     bias_only = "c3a_only"
-    tensors = {"w": "c3a_kernel"}
+    tensors = table({"w": "c3a_kernel"})

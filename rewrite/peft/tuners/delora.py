@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rewrite.peft.tuner import Tuner
+from rewrite.peft.tuner import Tuner, table
 
 
 class DeloraTuner(Tuner):
@@ -10,8 +10,8 @@ class DeloraTuner(Tuner):
 
     type = "DELORA"
     methods = ("delora",)
-    arguments = {"r": ("r", 8), "strength": ("delora_lambda", 15), "dropout": ("module_dropout", 0.0)}
-    patterns = {"r": "rank_pattern", "delora_lambda": "lambda_pattern"}
+    arguments = table({"r": ("r", 8), "strength": ("delora_lambda", 15), "dropout": ("module_dropout", 0.0)})
+    patterns = table({"r": "rank_pattern", "delora_lambda": "lambda_pattern"})
     starts = frozenset({"init_weights"})
     bias_only = "delora_only"
-    tensors = {"A": "delora_A", "B": "delora_B", "strength": "delora_lambda", "w": "delora_w_norm"}
+    tensors = table({"A": "delora_A", "B": "delora_B", "strength": "delora_lambda", "w": "delora_w_norm"})

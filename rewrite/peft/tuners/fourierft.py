@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rewrite.peft.tuner import Tuner
+from rewrite.peft.tuner import Tuner, table
 
 
 class FourierftTuner(Tuner):
@@ -11,7 +11,7 @@ class FourierftTuner(Tuner):
     type = "FOURIERFT"
     methods = ("fourierft",)
     transposed = True
-    arguments = {"n": ("n_frequency", 1000), "scale": ("scaling", 150.0), "seed": ("random_loc_seed", 777)}
+    arguments = table({"n": ("n_frequency", 1000), "scale": ("scaling", 150.0), "seed": ("random_loc_seed", 777)})
     starts = frozenset({"init_weights", "fan_in_fan_out"})
     bias_only = "fourier_only"
-    tensors = {"c": "fourierft_spectrum"}
+    tensors = table({"c": "fourierft_spectrum"})

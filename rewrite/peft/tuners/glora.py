@@ -6,7 +6,7 @@ from typing import Any
 
 from rewrite.peft.config import Config
 from rewrite.peft.targets import Target
-from rewrite.peft.tuner import Call, Key, Kind, Part, Tuner, shaped
+from rewrite.peft.tuner import Call, Key, Kind, Part, Tuner, shaped, table
 
 
 class GloraTuner(Tuner):
@@ -14,12 +14,14 @@ class GloraTuner(Tuner):
 
     type = "GLORA"
     methods = ("glora",)
-    arguments = {
-        "r": ("r", 8),
-        "ab": ("config_A_B", "lora"),
-        "c": ("config_C", "lora"),
-        "de": ("config_D_E", "constant"),
-    }
+    arguments = table(
+        {
+            "r": ("r", 8),
+            "ab": ("config_A_B", "lora"),
+            "c": ("config_C", "lora"),
+            "de": ("config_D_E", "constant"),
+        }
+    )
     starts = frozenset({"init_weights"})
     bias_only = "glora_only"
 

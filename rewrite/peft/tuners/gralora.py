@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rewrite.peft.tuner import Key, Part, Tuner
+from rewrite.peft.tuner import Key, Part, Tuner, table
 
 
 class GraloraTuner(Tuner):
@@ -13,13 +13,15 @@ class GraloraTuner(Tuner):
     type = "GRALORA"
     methods = ("gralora",)
     transposed = True
-    arguments = {
-        "r": ("r", 32),
-        "alpha": ("alpha", 64),
-        "k": ("gralora_k", 2),
-        "hybrid": ("hybrid_r", 0),
-        "dropout": ("gralora_dropout", 0.0),
-    }
+    arguments = table(
+        {
+            "r": ("r", 32),
+            "alpha": ("alpha", 64),
+            "k": ("gralora_k", 2),
+            "hybrid": ("hybrid_r", 0),
+            "dropout": ("gralora_dropout", 0.0),
+        }
+    )
     starts = frozenset({"init_weights", "fan_in_fan_out"})
     bias_only = "gralora_only"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from rewrite.peft.config import Config
 from rewrite.peft.targets import Target
-from rewrite.peft.tuner import Call, Key, Kind, Part, Tuner, shaped
+from rewrite.peft.tuner import Call, Key, Kind, Part, Tuner, shaped, table
 
 
 class HiraTuner(Tuner):
@@ -16,8 +16,8 @@ class HiraTuner(Tuner):
     methods = ("hira",)
     kinds = frozenset({"linear", "embedding", "conv1d", "conv2d", "conv3d"})
     transposed = True
-    arguments = {"r": ("r", 32), "dropout": ("hira_dropout", 0.0)}
-    patterns = {"r": "rank_pattern"}
+    arguments = table({"r": ("r", 32), "dropout": ("hira_dropout", 0.0)})
+    patterns = table({"r": "rank_pattern"})
     starts = frozenset({"init_weights", "fan_in_fan_out"})
 
     def call(self, config: Config, target: Target | None, kind: Kind) -> Call:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rewrite.peft.tuner import Tuner
+from rewrite.peft.tuner import Tuner, table
 
 
 class HraTuner(Tuner):
@@ -11,9 +11,9 @@ class HraTuner(Tuner):
     type = "HRA"
     methods = ("hra",)
     kinds = frozenset({"linear", "conv2d"})
-    arguments = {"r": ("r", 8)}
+    arguments = table({"r": ("r", 8)})
     honours = frozenset()  # PEFT takes the first of the sizes of each side for all
     starts = frozenset({"init_weights"})
-    only = {"apply_GS": ((), "reflections that are made orthogonal are not among the methods of rewrite")}
+    only = table({"apply_GS": ((), "reflections that are made orthogonal are not among the methods of rewrite")})
     bias_only = "hra_only"
-    tensors = {"U": "hra_u"}
+    tensors = table({"U": "hra_u"})

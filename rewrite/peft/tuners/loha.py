@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rewrite.peft.tuner import SIDES, Key, Part, Tuner, reordered, shaped
+from rewrite.peft.tuner import SIDES, Key, Part, Tuner, reordered, shaped, table
 
 DROPOUT = ((0, 0.0), "it drops entries of the update as a whole, which no method of rewrite does")
 TUCKER = "use_effective_conv2d"
@@ -17,11 +17,11 @@ class LohaTuner(Tuner):
     methods = ("loha",)
     kinds = frozenset({"linear", "conv1d", "conv2d"})
     honours = SIDES | {"groups", "dilation"}
-    arguments = {"r": ("r", 8), "alpha": ("alpha", 8), "tucker": (TUCKER, False)}
-    patterns = {"r": "rank_pattern", "alpha": "alpha_pattern"}
+    arguments = table({"r": ("r", 8), "alpha": ("alpha", 8), "tucker": (TUCKER, False)})
+    patterns = table({"r": "rank_pattern", "alpha": "alpha_pattern"})
     starts = frozenset({"init_weights"})
-    only = {"rank_dropout": DROPOUT, "module_dropout": DROPOUT}
-    tensors = {"B1": "hada_w1_a", "A1": "hada_w1_b", "B2": "hada_w2_a", "A2": "hada_w2_b"}
+    only = table({"rank_dropout": DROPOUT, "module_dropout": DROPOUT})
+    tensors = table({"B1": "hada_w1_a", "A1": "hada_w1_b", "B2": "hada_w2_a", "A2": "hada_w2_b"})
 
     def keys(self, method: Any, part: Part) -> list[Key]:
         if "T1" not in part.graft.slots:

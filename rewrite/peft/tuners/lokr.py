@@ -6,7 +6,7 @@ from typing import Any
 
 from rewrite.peft.config import Config
 from rewrite.peft.targets import Target
-from rewrite.peft.tuner import SIDES, Call, Key, Kind, Part, Tuner, reordered, shaped
+from rewrite.peft.tuner import SIDES, Call, Key, Kind, Part, Tuner, reordered, shaped, table
 from rewrite.peft.tuners.loha import DROPOUT, TUCKER
 
 
@@ -17,16 +17,18 @@ class LokrTuner(Tuner):
     methods = ("lokr",)
     kinds = frozenset({"linear", "conv2d"})  # PEFT 0.21 takes another product for Conv1d, or fails
     honours = SIDES | {"groups", "dilation"}
-    arguments = {
-        "r": ("r", 8),
-        "alpha": ("alpha", 8),
-        "factor": ("decompose_factor", -1),
-        "both": ("decompose_both", False),
-        "tucker": (TUCKER, False),
-    }
-    patterns = {"r": "rank_pattern", "alpha": "alpha_pattern"}
+    arguments = table(
+        {
+            "r": ("r", 8),
+            "alpha": ("alpha", 8),
+            "factor": ("decompose_factor", -1),
+            "both": ("decompose_both", False),
+            "tucker": (TUCKER, False),
+        }
+    )
+    patterns = table({"r": "rank_pattern", "alpha": "alpha_pattern"})
     starts = frozenset({"init_weights"})
-    only = {"rank_dropout": DROPOUT, "module_dropout": DROPOUT, "rank_dropout_scale": DROPOUT}
+    only = table({"rank_dropout": DROPOUT, "module_dropout": DROPOUT, "rank_dropout_scale": DROPOUT})
 
     def call(self, config: Config, target: Target | None, kind: Kind) -> Call:
         name, given = super().call(config, target, kind)

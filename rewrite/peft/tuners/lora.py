@@ -10,7 +10,7 @@ import torch
 from rewrite.methods.lora import Lora
 from rewrite.peft.config import Config
 from rewrite.peft.targets import Target, by_path
-from rewrite.peft.tuner import Call, Key, Kind, Part, Tensor, Tuner, number, shaped, reordered
+from rewrite.peft.tuner import Call, Key, Kind, Part, Tensor, Tuner, number, reordered, shaped, table
 
 _RESIDUAL = {"pissa": "pissa", "olora": "olora"}  # PEFT takes what they start at off the base, again at every load
 _PLAIN = (True, False, "gaussian", "eva", "orthogonal", "true", "false")  # those leave the base as it is
@@ -25,21 +25,26 @@ class LoraTuner(Tuner):
     kinds = frozenset({"linear", "embedding", "conv1d", "conv2d", "conv3d", "attention", "parameter"})
     transposed = True
     bias_only = "lora_only"
-    patterns = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+    patterns = table({"r": "rank_pattern", "lora_alpha": "alpha_pattern"})
     extra = frozenset(
         {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_bias", "init_lora_weights"}
         | {"target_parameters", "trainable_token_indices"}
         # without an effect: PEFT looks at the layer, or the field goes with another one that is refused
         | {"fan_in_fan_out", "qalora_group_size", "megatron_core", "eva_config", "corda_config", "lora_ga_config"}
     )
-    only = {
-        "layer_replication": ((), "it builds another model out of this one: replicate the layers first, then adapt"),
-        "ensure_weight_tying": ((), "write one adapter for the shared weight, lora@tied, and train it here"),
-        "megatron_config": ((), "Megatron's layers are not supported"),
-        "loftq_config": ((), "PEFT replaces the base weight by a quantised one when it loads such an adapter"),
-        **dict.fromkeys(("use_qalora", "use_bdlora", "velora_config", "kasa_config"), ((), _VARIANT)),
-        **dict.fromkeys(("alora_invocation_tokens", "monteclora_config", "arrow_config"), ((), _VARIANT)),
-    }
+    only = table(
+        {
+            "layer_replication": (
+                (),
+                "it builds another model out of this one: replicate the layers first, then adapt",
+            ),
+            "ensure_weight_tying": ((), "write one adapter for the shared weight, lora@tied, and train it here"),
+            "megatron_config": ((), "Megatron's layers are not supported"),
+            "loftq_config": ((), "PEFT replaces the base weight by a quantised one when it loads such an adapter"),
+            **dict.fromkeys(("use_qalora", "use_bdlora", "velora_config", "kasa_config"), ((), _VARIANT)),
+            **dict.fromkeys(("alora_invocation_tokens", "monteclora_config", "arrow_config"), ((), _VARIANT)),
+        }
+    )
 
     def call(self, config: Config, target: Target | None, kind: Kind) -> Call:
         path = target.name if target else ""
@@ -93,6 +98,8 @@ class LoraTuner(Tuner):
             return _RESIDUAL[value]
         if value in _RESIDUAL:
             raise config.refuse("init_lora_weights", f"PEFT has no {value} on this kind of layer")
+        if value == "mica":
+            raise config.refuse("init_lora_weights", "PEFT freezes B then, and rewrite has no such method")
         raise config.refuse(
             "init_lora_weights",
             "PEFT changes the base weight then, in a way that its file does not tell: convert the adapter with "

@@ -6,7 +6,7 @@ from typing import Any
 
 from rewrite.peft.config import Config
 from rewrite.peft.targets import Target
-from rewrite.peft.tuner import Call, Kind, Part, Tuner
+from rewrite.peft.tuner import Call, Kind, Part, Tuner, table
 
 
 class MissTuner(Tuner):
@@ -14,10 +14,10 @@ class MissTuner(Tuner):
 
     type = "MISS"
     methods = ("miss",)
-    arguments = {"r": ("r", 64), "dropout": ("miss_dropout", 0.0)}
+    arguments = table({"r": ("r", 64), "dropout": ("miss_dropout", 0.0)})
     extra = frozenset({"init_weights", "mini_r"})
     bias_only = "miss_only"
-    tensors = {"D": "miss_block"}
+    tensors = table({"D": "miss_block"})
 
     def call(self, config: Config, target: Target | None, kind: Kind) -> Call:
         name, given = super().call(config, target, kind)

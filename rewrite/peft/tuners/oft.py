@@ -6,7 +6,7 @@ from typing import Any
 
 from rewrite.peft.config import Config
 from rewrite.peft.targets import Target
-from rewrite.peft.tuner import Call, Key, Kind, Part, Tuner
+from rewrite.peft.tuner import Call, Key, Kind, Part, Tuner, table
 
 
 class OftTuner(Tuner):
@@ -20,7 +20,7 @@ class OftTuner(Tuner):
     )
     honours = frozenset()  # PEFT takes the first of the sizes of each side for all
     starts = frozenset({"init_weights", "fan_in_fan_out"})
-    only = {"module_dropout": ((0, 0.0), "it drops rotations as a whole, which no method of rewrite does")}
+    only = table({"module_dropout": ((0, 0.0), "it drops rotations as a whole, which no method of rewrite does")})
     bias_only = "oft_only"
 
     def refusal(self, module: Any, kind: Kind) -> str | None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from rewrite.peft.config import Config
 from rewrite.peft.targets import Target
-from rewrite.peft.tuner import Call, Key, Kind, Part, Tensor, Tuner
+from rewrite.peft.tuner import Call, Key, Kind, Part, Tensor, Tuner, table
 
 
 class RandloraTuner(Tuner):
@@ -18,12 +18,14 @@ class RandloraTuner(Tuner):
     type = "RANDLORA"
     methods = ("randlora",)
     transposed = True
-    arguments = {
-        "r": ("r", 32),
-        "alpha": ("randlora_alpha", 640),
-        "dropout": ("randlora_dropout", 0.0),
-        "seed": ("projection_prng_key", 0),
-    }
+    arguments = table(
+        {
+            "r": ("r", 32),
+            "alpha": ("randlora_alpha", 640),
+            "dropout": ("randlora_dropout", 0.0),
+            "seed": ("projection_prng_key", 0),
+        }
+    )
     starts = frozenset({"init_weights", "fan_in_fan_out", "save_projection"})
     extra = frozenset({"sparse", "very_sparse"})
     bias_only = "randlora_only"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rewrite.peft.tuner import Tuner
+from rewrite.peft.tuner import Tuner, table
 
 
 class ShiraTuner(Tuner):
@@ -10,7 +10,7 @@ class ShiraTuner(Tuner):
 
     type = "SHIRA"
     methods = ("shira",)
-    arguments = {"r": ("r", 32), "seed": ("random_seed", None)}
+    arguments = table({"r": ("r", 32), "seed": ("random_seed", None)})
     starts = frozenset({"init_weights", "fan_in_fan_out"})
-    only = {"mask_type": (("random",), "rewrite has the random mask of PEFT")}
-    tensors = {"v": "shira_weight", "at": "shira_indices"}
+    only = table({"mask_type": (("random",), "rewrite has the random mask of PEFT")})
+    tensors = table({"v": "shira_weight", "at": "shira_indices"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rewrite.peft.tuner import Key, Part, Tuner
+from rewrite.peft.tuner import Key, Part, Tuner, table
 
 
 class VeraTuner(Tuner):
@@ -13,12 +13,14 @@ class VeraTuner(Tuner):
     type = "VERA"
     methods = ("vera",)
     transposed = True
-    arguments = {
-        "r": ("r", 256),
-        "d0": ("d_initial", 0.1),
-        "dropout": ("vera_dropout", 0.0),
-        "seed": ("projection_prng_key", 0),
-    }
+    arguments = table(
+        {
+            "r": ("r", 256),
+            "d0": ("d_initial", 0.1),
+            "dropout": ("vera_dropout", 0.0),
+            "seed": ("projection_prng_key", 0),
+        }
+    )
     starts = frozenset({"init_weights", "fan_in_fan_out", "save_projection"})
     bias_only = "vera_only"
 

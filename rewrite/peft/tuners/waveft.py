@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rewrite.peft.tuner import Tuner
+from rewrite.peft.tuner import Tuner, table
 
 
 class WaveftTuner(Tuner):
@@ -11,20 +11,24 @@ class WaveftTuner(Tuner):
     type = "WAVEFT"
     methods = ("waveft",)
     transposed = True
-    arguments = {
-        "n": ("n_frequency", 2592),
-        "scale": ("scaling", 25.0),
-        "idwt": ("use_idwt", True),
-        "seed": ("random_loc_seed", 777),
-    }
-    patterns = {"n_frequency": "n_frequency_pattern"}
+    arguments = table(
+        {
+            "n": ("n_frequency", 2592),
+            "scale": ("scaling", 25.0),
+            "idwt": ("use_idwt", True),
+            "seed": ("random_loc_seed", 777),
+        }
+    )
+    patterns = table({"n_frequency": "n_frequency_pattern"})
     starts = frozenset({"init_weights", "fan_in_fan_out"})
-    only = {
-        "wavelet_family": (("db1", "haar"), "rewrite has Haar's wavelet, db1"),
-        "proportional_parameters": (
-            (),
-            "it gives every layer another number of coefficients: write n_frequency_pattern",
-        ),
-    }
+    only = table(
+        {
+            "wavelet_family": (("db1", "haar"), "rewrite has Haar's wavelet, db1"),
+            "proportional_parameters": (
+                (),
+                "it gives every layer another number of coefficients: write n_frequency_pattern",
+            ),
+        }
+    )
     bias_only = "waveft_only"
-    tensors = {"c": "waveft_spectrum"}
+    tensors = table({"c": "waveft_spectrum"})
