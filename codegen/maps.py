@@ -90,6 +90,7 @@ class LayerMap:
     biased: ClassVar[bool] = True
     reads_ids: ClassVar[bool] = False
     channel: int = -1
+    area: int = 1  # columns of the matrix that belong to one channel: the size of a convolution's kernel
 
     def matrix_shape(self, shape: Sequence[int]) -> Shape:
         """The shape (..., d_out, d_in) of `matrix` for a weight stored with `shape`."""
@@ -242,6 +243,10 @@ class Convolution(LayerMap):
     @property
     def channel(self) -> int:  # type: ignore[override]  # counted from the end: inputs may have no batch dimension
         return -len(self.kernel) - 1
+
+    @property
+    def area(self) -> int:  # type: ignore[override]
+        return math.prod(self.kernel)
 
     def matrix_shape(self, shape: Sequence[int]) -> Shape:
         first, second, *kernel = shape

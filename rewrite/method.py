@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -87,7 +88,7 @@ def kaiming(tensor: Tensor) -> Tensor:
 class Method:
     """Base class of every method; subclasses are frozen dataclasses in `rewrite/methods/`, found by discovery.
 
-    Class attributes: `name` (of the spec; default the class name in lower case), `kinds` (what it can be
+    Class attributes: `name` (of the spec; default the class name, LoraXs is `lora_xs`), `kinds` (what it can be
     placed on: linear, norm, embedding, ...), `positional_sites` (`nf4(base)`), `default_sites`, `paper`.
     """
 
@@ -99,12 +100,13 @@ class Method:
     trains: ClassVar[bool | tuple[str, ...]] = False  # the base tensors of the site: all, or those of these names
     pointwise: ClassVar[bool] = False  # `output` or `input` scales and shifts every channel alone, so that it merges
     calibration: ClassVar[Literal["inputs", "gradients"] | None] = None  # what `calibrated` wants to see
+    within_rank: ClassVar[bool] = False  # its argument r is at most the rank of the weight
     needs_storage: ClassVar[bool] = False  # stands only where the weight is stored in another format
     paper: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.name = cls.__dict__.get("name", cls.__name__.lower())
+        cls.name = cls.__dict__.get("name", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower())
 
     def params(self, site: Site) -> dict[str, Param]:
         """The method's tensors at a site with the matrix (*stack, out_features, in_features), in a fixed order."""
@@ -197,6 +199,9 @@ def refusal(method: Method, site: Site) -> str | None:
     if (reason := method.fits(site)) is not None:
         return reason
     dropout, view = getattr(method, "dropout", 0.0), method.view()
+    limit = min(site.in_features, site.out_features)
+    if method.within_rank and method.r > limit:  # type: ignore[attr-defined]
+        return f"r={method.r} is more than the rank {limit} of its weight"  # type: ignore[attr-defined]
     if site.entry is not None:
         return site.entry.refusal(view)
     if site.place.map.reads_ids and (view == "input" or dropout):

@@ -198,9 +198,8 @@ class _Resolver(Selection):
             wanted = " or ".join(method.trains) if isinstance(method.trains, tuple) else "tensor"
             raise self.error(clause, f"'{clause}' selects {len(chosen)} sites, none of which has a {wanted} to train")
         if len(kept) < len(chosen):
-            self.notes.append(
-                f"'{clause}' trains nothing at {len(chosen) - len(kept)} of {len(chosen)} sites: they have no such tensor"
-            )
+            left = f"{len(chosen) - len(kept)} of {len(chosen)} sites"
+            self.notes.append(f"'{clause}' trains nothing at {left}: they have no such tensor")
         return kept
 
     def once(self, chosen: list[Site], trained: set[str]) -> list[Site]:

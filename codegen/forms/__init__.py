@@ -22,7 +22,7 @@ from rewrite.codegen.forms.form import (
 from rewrite.codegen.forms.hadamard import Hadamard
 from rewrite.codegen.forms.householder import Householder
 from rewrite.codegen.forms.kronecker import Kronecker
-from rewrite.codegen.forms.low_rank import LowRank
+from rewrite.codegen.forms.low_rank import LowRank, spread_over
 from rewrite.codegen.forms.orthogonal import cayley, cayley_neumann, skew
 from rewrite.codegen.forms.sparse import Coordinates, RowSparse, scattered
 from rewrite.codegen.forms.spectral import Fourier, Haar
@@ -58,4 +58,5 @@ __all__ = [
     "cayley_neumann",
     "scattered",
     "skew",
+    "spread_over",
 ]

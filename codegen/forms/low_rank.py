@@ -104,3 +104,8 @@ class LowRank(Form):
     def _stacked(self, B: Any, A: Any) -> LowRank:
         # B A + B' A' = [B, B'] [A; A']: one branch of the summed rank.
         return LowRank(torch.cat([self.left, B], dim=-1), torch.cat([self.A, A], dim=-2))
+
+
+def spread_over(T: Any, A: Any) -> Any:
+    """A (r, channels) spread over a kernel by T (r, r, kernel): (r, channels * kernel)."""
+    return A if T is None else (T.transpose(-2, -1) @ A).transpose(-2, -1).flatten(-2)

@@ -46,10 +46,10 @@ class Adalora(Method):
             "E": Param((*site.leading, self.r, 1)),
         }
 
-    def delta(self, A: Tensor, B: Tensor, E: Tensor) -> Form:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def delta(self, A: Tensor, B: Tensor, E: Tensor) -> Form:
         return LowRank(B, A * E) * (self.alpha / (self.r + 1e-5))
 
-    def regulariser(self, A: Tensor, B: Tensor, E: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def regulariser(self, A: Tensor, B: Tensor, E: Tensor) -> Tensor:
         one = torch.eye(self.r, dtype=A.dtype, device=A.device)
         return self.orthogonal * (torch.linalg.norm(A @ A.mT - one) + torch.linalg.norm(B.mT @ B - one)) / 2
 

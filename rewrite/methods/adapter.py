@@ -53,7 +53,7 @@ class Adapter(Method):
             return f"in parallel it maps the inputs of a linear layer to its outputs, this is of kind {site.kind}"
         return None
 
-    def output(  # pyright: ignore[reportIncompatibleMethodOverride]  # each method names its own tensors
+    def output(
         self,
         x: Tensor,
         y: Tensor,

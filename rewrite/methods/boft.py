@@ -39,6 +39,6 @@ class Boft(Method):
             return f"factors={self.factors} wants even blocks in groups of {groups}, not {count} of size {size}"
         return None
 
-    def weight(self, W: Base, R: Tensor, s: Tensor) -> Form:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def weight(self, W: Base, R: Tensor, s: Tensor) -> Form:
         rotations = cayley((R - R.transpose(-2, -1)) / 2)
         return Diagonal(s.squeeze(-1)) @ (W @ Butterfly(rotations.transpose(-2, -1)))

@@ -22,7 +22,7 @@ class Bone(Method):
     def params(self, site: Site) -> dict[str, Param]:
         return {"D": Param((*site.leading, -(-site.out_features // self.r), self.r, self.r))}
 
-    def weight(self, W: Base, D: Tensor) -> Form | Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def weight(self, W: Base, D: Tensor) -> Form | Tensor:
         rows, columns = W.shape[-2:]
         whole = padded(padded(W.materialise().to(D.dtype), -1, self.r), -2, self.r)
         blocks = whole.unflatten(-1, (-1, self.r)).unflatten(-3, (-1, self.r)).transpose(-3, -2)  # (..., i, j, r, r)

@@ -29,5 +29,5 @@ class C3a(Method):
         b = self.block_size or math.gcd(site.out_features, site.in_features)
         return {"w": Param((*site.leading, site.out_features // b, site.in_features // b, b))}
 
-    def delta(self, w: Tensor) -> Form:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def delta(self, w: Tensor) -> Form:
         return Circulant(w) * (1 / (w.shape[-2] * w.shape[-1]))

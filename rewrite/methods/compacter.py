@@ -42,7 +42,7 @@ class Compacter(Method):
             "up_bias": Param((site.outputs,)),
         }
 
-    def output(  # pyright: ignore[reportIncompatibleMethodOverride]  # each method names its own tensors
+    def output(
         self,
         x: Tensor,
         y: Tensor,

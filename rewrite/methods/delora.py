@@ -10,9 +10,6 @@ from rewrite.codegen.forms import Form, LowRank
 from rewrite.method import Method, Param, Tensor, arg, kaiming
 from rewrite.sites import Site
 
-SMALLEST = 1e-4
-"""Norms below it count as it."""
-
 
 @dataclass(frozen=True)
 class Delora(Method):
@@ -36,9 +33,7 @@ class Delora(Method):
     def initialise(self, W: Tensor, theta: dict[str, Tensor]) -> None:
         theta["w"].copy_(torch.linalg.vector_norm(W, dim=-2))
 
-    def delta(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, A: Tensor, B: Tensor, strength: Tensor, w: Tensor
-    ) -> Form:
-        a = torch.linalg.vector_norm(A, dim=-1).clamp(min=SMALLEST)
-        b = torch.linalg.vector_norm(B, dim=-2).clamp(min=SMALLEST)
+    def delta(self, A: Tensor, B: Tensor, strength: Tensor, w: Tensor) -> Form:
+        a = torch.linalg.vector_norm(A, dim=-1).clamp(min=1e-4)
+        b = torch.linalg.vector_norm(B, dim=-2).clamp(min=1e-4)
         return LowRank(B * (strength / self.r / (a * b))[..., None, :], A * w[..., None, :])

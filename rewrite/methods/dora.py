@@ -16,7 +16,7 @@ from rewrite.sites import Site
 class Dora(Lora):
     """W  ->  m (W + s B A) / |W + s B A|, row by row, the norm without a gradient  (Liu et al. 2024)"""
 
-    delta = Method.delta  # its view is the rewritten weight
+    delta = Method.delta  # type: ignore[assignment]  # its view is the rewritten weight
     paper = "https://arxiv.org/abs/2402.09353"
 
     def check(self) -> str | None:

@@ -30,5 +30,5 @@ class Fourierft(Method):
         )
         return {"c": Param((*site.leading, count)), "at": at}
 
-    def delta(self, c: Tensor, at: Tensor, shape: tuple[int, int]) -> Form:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def delta(self, c: Tensor, at: Tensor, shape: tuple[int, int]) -> Form:
         return Fourier(Coordinates(c, at.select(0, 0), at.select(0, 1), *shape)) * self.scale

@@ -33,9 +33,7 @@ class Gralora(Method):
 
         return pair("A", "B", self.r) | (pair("A1", "B1", self.hybrid) if self.hybrid else {})
 
-    def delta(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, A: Tensor, B: Tensor, A1: Tensor | None = None, B1: Tensor | None = None
-    ) -> Form:
+    def delta(self, A: Tensor, B: Tensor, A1: Tensor | None = None, B1: Tensor | None = None) -> Form:
         update: Form = LowRankBlocks(B, A, self.k)
         update = update if A1 is None else update + LowRank(B1, A1)
         return update * (1.0 if self.alpha is None else self.alpha / (self.r + self.hybrid))

@@ -33,5 +33,5 @@ class Hira(Method):
         """Fill A from a normal with deviation 1 / r."""
         return A.normal_(std=1 / self.r)
 
-    def weight(self, W: Form, A: Tensor, B: Tensor) -> Form:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def weight(self, W: Form, A: Tensor, B: Tensor) -> Form:
         return W + Hadamard(W, LowRank(B, A))

@@ -29,14 +29,10 @@ class Hra(Method):
 
     def check(self) -> str | None:
         """Why these arguments do not go together, or None."""
-        return (
-            f"r must be even, got {self.r}: an odd number of reflections cannot start as the identity"
-            if self.r % 2
-            else None
-        )
+        return f"r must be even, got {self.r}: reflections start as pairs that cancel" if self.r % 2 else None
 
     def params(self, site: Site) -> dict[str, Param]:
         return {"U": Param((*site.leading, site.in_features, self.r), paired)}
 
-    def weight(self, W: Base, U: Tensor) -> Form:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def weight(self, W: Base, U: Tensor) -> Form:
         return W @ Householder.reflections(U)

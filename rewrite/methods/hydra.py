@@ -27,7 +27,7 @@ class Hydra(Method):
             "router": Param((self.heads, site.in_features), kaiming),
         }
 
-    def output(self, x: Tensor, y: Tensor, A: Tensor, B: Tensor, router: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def output(self, x: Tensor, y: Tensor, A: Tensor, B: Tensor, router: Tensor) -> Tensor:
         gates = F.linear(x, router).softmax(-1)
         h = (gates.unsqueeze(-1) * F.linear(x, A).unsqueeze(-2)).flatten(-2)
         return y + (1.0 if self.alpha is None else self.alpha / self.r) * F.linear(h, B.transpose(0, 1).flatten(1))

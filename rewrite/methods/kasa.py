@@ -51,12 +51,8 @@ class Kasa(Method):
         limit = min(site.in_features, site.out_features)
         return f"r={self.r} leaves nothing of a weight of rank {limit}" if self.r >= limit else None
 
-    def delta(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, A: Tensor, d: Tensor, B: Tensor, A0: Tensor, B0: Tensor
-    ) -> Form:
+    def delta(self, A: Tensor, d: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> Form:
         return LowRank(B * (self.s * d)[..., None, :], A) - LowRank(B0, A0)
 
-    def regulariser(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, A: Tensor, B: Tensor, d: Tensor, **theta: Tensor
-    ) -> Tensor:
+    def regulariser(self, A: Tensor, B: Tensor, d: Tensor, **theta: Tensor) -> Tensor:
         return self.beta * d.square().sum() + self.gamma * (skewness(A) + skewness(B.mT))

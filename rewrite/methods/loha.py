@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from rewrite.codegen.forms import Form, Hadamard, LowRank
+from rewrite.codegen.forms import Form, Hadamard, LowRank, spread_over
 from rewrite.method import Method, Param, Tensor, arg, kaiming
 from rewrite.sites import Site
 
@@ -22,7 +21,7 @@ class Loha(Method):
     paper = "https://arxiv.org/abs/2309.14859"
 
     def params(self, site: Site) -> dict[str, Param]:
-        stack, area = site.leading, kernel_size(site)
+        stack, area = site.leading, site.place.map.area
         tucker = self.tucker and area > 1
         A = (*stack, self.r, site.in_features // area if tucker else site.in_features)
         B = (*stack, site.out_features, self.r)
@@ -30,24 +29,8 @@ class Loha(Method):
         cores = {name: Param((self.r, self.r, area), kaiming) for name in ("T1", "T2")}
         return theta | cores if tucker else theta
 
-    def delta(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        A1: Tensor,
-        B1: Tensor,
-        A2: Tensor,
-        B2: Tensor,
-        T1: Tensor | None = None,
-        T2: Tensor | None = None,
+    def delta(
+        self, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, T1: Tensor | None = None, T2: Tensor | None = None
     ) -> Form:
         scale = 1.0 if self.alpha is None else self.alpha / self.r
         return Hadamard(LowRank(B1, spread_over(T1, A1)), LowRank(B2, spread_over(T2, A2))) * scale
-
-
-def kernel_size(site: Site) -> int:
-    """How many columns of its matrix belong to one channel: the size of a convolution's kernel, else 1."""
-    return math.prod(getattr(site.place.map, "kernel", ()))
-
-
-def spread_over(T: Tensor | None, A: Tensor) -> Tensor:
-    """A (r, channels) spread over a kernel by T (r, r, kernel): (r, channels * kernel)."""
-    return A if T is None else (T.transpose(-2, -1) @ A).transpose(-2, -1).flatten(-2)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rewrite.codegen.forms import Dense, Form, Kronecker, LowRank
+from rewrite.codegen.forms import Dense, Form, Kronecker, LowRank, spread_over
 from rewrite.method import Method, Param, Tensor, arg, kaiming
-from rewrite.methods.loha import kernel_size, spread_over
 from rewrite.sites import Site
 
 
@@ -24,7 +23,7 @@ class Lokr(Method):
     paper = "https://arxiv.org/abs/2309.14859"
 
     def params(self, site: Site) -> dict[str, Param]:
-        stack, area, r = site.leading, kernel_size(site), self.r
+        stack, area, r = site.leading, site.place.map.area, self.r
         a, b = split(site.out_features, self.factor)
         c, d = split(site.in_features // area, self.factor)
         left = {"C": Param((*stack, a, c))}
@@ -39,7 +38,7 @@ class Lokr(Method):
         }
         return left | right | ({"T": Param((r, r, area), kaiming)} if tucker else {})
 
-    def delta(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def delta(
         self,
         C: Tensor | None = None,
         C1: Tensor | None = None,

@@ -19,6 +19,7 @@ class Loldu(Method):
     alpha: float = arg(1.0, above=0, help="sigma starts at sigma0 = alpha / r")
 
     kinds = frozenset({"linear", "conv", "embedding", "expert"})
+    within_rank = True
     paper = "https://arxiv.org/abs/2410.13618"
 
     def params(self, site: Site) -> dict[str, Param]:
@@ -38,13 +39,7 @@ class Loldu(Method):
         theta["z"].copy_(pivots)
         theta["z0"].copy_(pivots * (self.alpha / self.r))
 
-    def fits(self, site: Site) -> str | None:
-        limit = min(site.in_features, site.out_features)
-        return f"r={self.r} is more than the rank {limit} of its weight" if self.r > limit else None
-
-    def delta(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, z: Tensor, sigma: Tensor, A: Tensor, B: Tensor, z0: Tensor
-    ) -> Form:
+    def delta(self, z: Tensor, sigma: Tensor, A: Tensor, B: Tensor, z0: Tensor) -> Form:
         core = sigma * z - z0
         # A stack has a core for each of its matrices; a single one keeps B out of the backward pass.
         return LowRank(B, A, core) if core.ndim == 1 else LowRank(B * core[..., None, :], A)

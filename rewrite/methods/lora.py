@@ -80,13 +80,8 @@ class Lora(Method):
             return f"init={type(self.init).__name__.lower()} looks at the inputs of linear layers"
         return self.init.refuses(self.r, min(site.in_features, site.out_features))
 
-    def delta(  # pyright: ignore[reportIncompatibleMethodOverride]  # each method names its own tensors
-        self,
-        A: Tensor,
-        B: Tensor,
-        A0: Tensor | None = None,
-        B0: Tensor | None = None,
-        c: Tensor | None = None,
+    def delta(
+        self, A: Tensor, B: Tensor, A0: Tensor | None = None, B0: Tensor | None = None, c: Tensor | None = None
     ) -> Form:
         update: Form = LowRank(B, A)
         if A0 is not None:

@@ -15,7 +15,6 @@ from rewrite.sites import Site
 class LoraFa(Lora):
     """y + s (B A x + c) with A frozen; no projection of gradients, as HF PEFT's optimizer does  (Zhang et al. 2023)"""
 
-    name = "lora_fa"
     paper = "https://arxiv.org/abs/2308.03303"
 
     def params(self, site: Site) -> dict[str, Param]:

@@ -19,8 +19,8 @@ class LoraXs(Method):
     alpha: float | None = arg(None, above=0, help="numerator of the scale; none is r, so that the scale is 1")
     dropout: float = arg(0.0, low=0, below=1, help="probability of dropping an input of the branch in training")
 
-    name = "lora_xs"
     kinds = frozenset({"linear", "conv", "embedding", "expert"})
+    within_rank = True
     paper = "https://arxiv.org/abs/2405.17604"
 
     def params(self, site: Site) -> dict[str, Param]:
@@ -35,9 +35,5 @@ class LoraXs(Method):
         theta["A"].copy_((S[..., :, None] * Vh)[..., : self.r, :])
         theta["B"].copy_(U[..., : self.r])
 
-    def fits(self, site: Site) -> str | None:
-        limit = min(site.in_features, site.out_features)
-        return f"r={self.r} is more than the rank {limit} of its weight" if self.r > limit else None
-
-    def delta(self, A: Tensor, B: Tensor, R: Tensor) -> Form:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def delta(self, A: Tensor, B: Tensor, R: Tensor) -> Form:
         return LowRank(B, A, R) * (1.0 if self.alpha is None else self.alpha / self.r)

@@ -23,5 +23,5 @@ class Miss(Method):
     def params(self, site: Site) -> dict[str, Param]:
         return {"D": Param((*site.leading, self.r, self.mini or site.out_features))}
 
-    def delta(self, D: Tensor, shape: tuple[int, int]) -> Form:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def delta(self, D: Tensor, shape: tuple[int, int]) -> Form:
         return Tiled(Tiled(D, shape[0]).materialise().transpose(-2, -1), shape[1])

@@ -43,7 +43,7 @@ class Mola(Method):
             "router": Param((experts, site.in_features), kaiming),
         }
 
-    def output(self, x: Tensor, y: Tensor, A: Tensor, B: Tensor, router: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def output(self, x: Tensor, y: Tensor, A: Tensor, B: Tensor, router: Tensor) -> Tensor:
         shares = F.linear(x, router).softmax(-1)
         taken = torch.zeros_like(shares).scatter(-1, shares.topk(self.top_k, dim=-1)[1], 1.0) * shares
         gates = taken / taken.sum(-1, keepdim=True)

@@ -29,5 +29,5 @@ class Neuroada(Method):
         order = W.abs().sort(dim=-1, descending=True, stable=True).indices
         theta["at"].copy_(order[..., : theta["at"].shape[-1]])
 
-    def delta(self, v: Tensor, at: Tensor, shape: tuple[int, int]) -> Form:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def delta(self, v: Tensor, at: Tensor, shape: tuple[int, int]) -> Form:
         return RowSparse(v, at, shape[1])

@@ -19,7 +19,6 @@ class Nf4(Method):
     block: int = arg(64, low=32, high=4096, help="weights per absmax, a power of two")
     double_quant: bool = arg(False, help="quantise the absmax values too: 0.516 instead of 0.563 bytes a weight")
 
-    name = "nf4"
     kinds = frozenset({"linear", "expert"})
     positional_sites = True
     default_sites = "base"

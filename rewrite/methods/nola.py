@@ -43,6 +43,6 @@ class Nola(Method):
             "b": Param((*site.leading, self.n)),
         }
 
-    def delta(self, As: Tensor, Bs: Tensor, a: Tensor, b: Tensor) -> Form:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def delta(self, As: Tensor, Bs: Tensor, a: Tensor, b: Tensor) -> Form:
         A, B = torch.einsum("...n,nri->...ri", a, As), torch.einsum("...n,nor->...or", b, Bs)
         return LowRank(B, A) * ((self.alpha or self.r) / self.r)

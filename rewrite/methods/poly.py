@@ -46,7 +46,7 @@ class Poly(Method):
             "logits": Param((self.tasks, self.splits * self.skills), partial(torch.nn.init.uniform_, a=-1e-3, b=1e-3)),
         }
 
-    def delta(self, A: Tensor, B: Tensor, logits: Tensor) -> Form:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def delta(self, A: Tensor, B: Tensor, logits: Tensor) -> Form:
         shares = logits[self.task].sigmoid().unflatten(0, (self.splits, self.skills))
         shares = shares / (shares.sum(-1, keepdim=True) + 1e-12)
         A = torch.einsum("qs,...qsdr->...qdr", shares, A).flatten(-3, -2)

@@ -30,5 +30,5 @@ class Prompt(Method):
         if self.init == "vocab":
             theta["P"].copy_(W[torch.randint(len(W), (self.n,), device=W.device)])
 
-    def tokens(self, P: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def tokens(self, P: Tensor) -> Tensor:
         return P

@@ -43,7 +43,7 @@ class Ptuning(Method):
             theta |= {f"W{i}": Param((rows, columns), _uniform(columns)), f"b{i}": Param((rows,), _uniform(columns))}
         return theta
 
-    def tokens(self, V: Tensor, **theta: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def tokens(self, V: Tensor, **theta: Tensor) -> Tensor:
         x = V
         if self.encoder == "lstm":
             flat = [tensor for name, tensor in theta.items() if name.startswith(("weight_", "bias_"))]

@@ -70,7 +70,7 @@ class Randlora(Method):
             gamma: Param((*site.leading, count, narrow), start),
         }
 
-    def delta(self, A: Tensor, B: Tensor, lam: Tensor, **gammas: Tensor) -> Form:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def delta(self, A: Tensor, B: Tensor, lam: Tensor, **gammas: Tensor) -> Form:
         (side, gamma), *_ = gammas.items()
         # As HF PEFT has it: A counts rank by part where B counts part by rank.
         inner = (lam[..., None] * A * gamma.unsqueeze(-3)).flatten(-3, -2)

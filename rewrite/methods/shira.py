@@ -34,5 +34,5 @@ class Shira(Method):
             "at": Param((2, count), place, trainable=False, dtype=torch.int32),
         }
 
-    def delta(self, v: Tensor, at: Tensor, shape: tuple[int, int]) -> Form:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def delta(self, v: Tensor, at: Tensor, shape: tuple[int, int]) -> Form:
         return Coordinates(v, at.select(0, 0), at.select(0, 1), *shape)

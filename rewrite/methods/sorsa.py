@@ -24,6 +24,7 @@ class Sorsa(Method):
     dropout: float = arg(0.0, low=0, below=1, help="probability of dropping an input of the branch in training")
 
     kinds = frozenset({"linear", "conv", "embedding", "expert"})
+    within_rank = True
     paper = "https://arxiv.org/abs/2409.00055"
 
     def params(self, site: Site) -> dict[str, Param]:
@@ -38,19 +39,11 @@ class Sorsa(Method):
         theta["A0"].copy_(theta["A"])
         theta["B0"].copy_(theta["B"] * theta["S"][..., None, :])
 
-    def fits(self, site: Site) -> str | None:
-        limit = min(site.in_features, site.out_features)
-        return f"r={self.r} is more than the rank {limit} of its weight" if self.r > limit else None
-
-    def delta(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, A: Tensor, S: Tensor, B: Tensor, A0: Tensor, B0: Tensor
-    ) -> Form:
+    def delta(self, A: Tensor, S: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> Form:
         scale = 1.0 if self.alpha is None else self.alpha / self.r
         return (LowRank(B * S[..., None, :], A) - LowRank(B0, A0)) * scale
 
-    def regulariser(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, A: Tensor, B: Tensor, **theta: Tensor
-    ) -> Tensor:
+    def regulariser(self, A: Tensor, B: Tensor, **theta: Tensor) -> Tensor:
         return self.gamma * (skewness(A) + skewness(B.mT))
 
 

@@ -27,5 +27,5 @@ class Ssf(Method):
             return f"it merges into the weight and bias of a LayerNorm, not of {site.place.type}"
         return None
 
-    def output(self, x: Tensor, y: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def output(self, x: Tensor, y: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         return y * gamma.to(y.dtype) + beta.to(y.dtype)

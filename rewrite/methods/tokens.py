@@ -40,6 +40,6 @@ class Tokens(Method):
         else:
             theta["H"].copy_(W[theta["at"]])
 
-    def weight(self, W: Tensor, at: Tensor, **rows: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def weight(self, W: Tensor, at: Tensor, **rows: Tensor) -> Tensor:
         dim, new = (-1, rows["E"].transpose(0, 1)) if "E" in rows else (-2, rows["H"])
         return torch.index_copy(W, dim, at.to(torch.int64), new.to(W.dtype))

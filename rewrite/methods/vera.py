@@ -43,6 +43,6 @@ class Vera(Method):
             "b": Param((*site.leading, site.out_features)),
         }
 
-    def delta(self, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Form:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def delta(self, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Form:
         # Both vectors on B: no product with the tokens is kept but A x.
         return LowRank(b[..., :, None] * B * d[..., None, :], A.expand(*d.shape[:-1], *A.shape))

@@ -31,7 +31,7 @@ class Waveft(Method):
         )
         return {"c": Param((*site.leading, count)), "at": at}
 
-    def delta(self, c: Tensor, at: Tensor, shape: tuple[int, int]) -> Form:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def delta(self, c: Tensor, at: Tensor, shape: tuple[int, int]) -> Form:
         d_out, d_in = shape
         rows, columns = at.select(0, 0), at.select(0, 1)
         if not self.idwt:

@@ -4,8 +4,16 @@ In processing order: `config` (fields, read without peft), `targets` (PEFT's rul
 terms of a spec), `tuner` and `tuners/` (one small file per PEFT method), `translate` (configuration -> spec), `keys`
 (tensors <-> names in a file), `reading` (folder -> model), `writing` (model -> folder).
 
-Where PEFT 0.21 computes something else than it trained or merges, what it computes in a forward is what is loaded, and
-an adapter that has no such meaning is refused; `docs/peft.md` lists the cases.
+Where PEFT 0.21 is wrong, an adapter is loaded as the function that PEFT's forward computes, for that is what was
+trained, with the gradients of that function; and refused where no spec says it:
+
+- `nn.MultiheadAttention`: its forward adds the update of `out_proj` twice, its gradient is that of one (alpha is doubled)
+- C3A passes a wrong gradient to its input; LoHa has one for `use_effective_conv2d`
+- convolutions: LoRA ignores dilation, groups and padding modes, OFT, BOFT and HRA take the first of stride, padding and
+  kernel for all, OFT merges kernels wrongly, LoKr multiplies wrongly in 1-d (refused; DoRA with groups too)
+- a tied weight: modules_to_save trains a copy for one of the two (refused), merging changes both (asked for by `untie`)
+- `out_proj` of an attention by itself, weights that a parent reads: its adapter does nothing there (refused)
+- trained rows of a linear layer drop its bias (refused); the rank of AdaLoRA trains, and is in no file
 """
 
 from rewrite.peft.keys import AsInPeft, named_parameters

@@ -93,8 +93,10 @@ def read(source: Any) -> Config:
     if isinstance(source, (str, os.PathLike)):
         place = Path(source)
         return _from_file(place / CONFIG if place.is_dir() else place)
-    if callable(to_dict := getattr(source, "to_dict", None)):
-        return _config(to_dict(), f"this {type(source).__name__}")
+    to_dict: Any = getattr(source, "to_dict", None)
+    if callable(to_dict):
+        made: Any = to_dict()
+        return _config(made, f"this {type(source).__name__}")
     raise RewriteError(f"a PEFT configuration is a folder, a mapping or a PeftConfig, not {type(source).__name__}")
 
 

@@ -147,7 +147,7 @@ class AsInPeft(nn.Parameter):
         return found
 
     @property
-    def grad(self) -> Tensor | None:  # type: ignore[override]
+    def grad(self) -> Tensor | None:  # type: ignore[override]  # pyright: ignore
         """The gradient of the parameter that this is a view of."""
         source: Any = self.source  # type: ignore[attr-defined]
         return None if source.grad is None else self.key.written(source.grad)  # type: ignore[attr-defined]

@@ -132,10 +132,11 @@ def default_targets(config: Config, model: nn.Module) -> Any:
     """The modules that PEFT adapts in an architecture where a configuration names none; only peft knows them."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     try:
-        import peft.mapping
+        from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     except ImportError as error:
         raise config.refuse("target_modules", "its default is in peft, which is not installed: name them") from error
-    known = getattr(peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING.get(config.type), "target_module_mapping", {})
+    tuner = next((cls for name, cls in PEFT_TYPE_TO_TUNER_MAPPING.items() if name.value == config.type), None)
+    known = getattr(tuner, "target_module_mapping", {})
     if kind not in known:
         raise config.refuse("target_modules", f"PEFT has no default for {kind or type(model).__name__}: name them")
     found = known[kind]

@@ -277,7 +277,10 @@ def kind_of(module: nn.Module) -> Kind:
     """The kind of layer that PEFT takes a module for."""
     if any(is_conv1d(cls) for cls in type(module).__mro__):  # a parametrised one is of a class of its own
         return "linear"
-    return next((kind for cls, kind in _LAYERS if isinstance(module, cls)), "other")
+    for cls, kind in _LAYERS:
+        if isinstance(module, cls):
+            return kind
+    return "other"
 
 
 def part_of(model: nn.Module, graft: Graft, grafts: Sequence[Graft]) -> Part:

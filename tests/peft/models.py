@@ -75,7 +75,8 @@ class Deep(nn.Module):
         self.head = nn.Linear(10, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.model.layers:
+        layers: Any = self.model.layers
+        for layer in layers:
             x = x + layer["list"][0](layer["down"](F.gelu(layer["up"](x))))
         return self.head(x)
 
@@ -96,6 +97,7 @@ class ScaledEmbedding(nn.Embedding):
 
     def __init__(self, *sizes: int) -> None:
         super().__init__(*sizes)
+        self.embed_scale: torch.Tensor
         self.register_buffer("embed_scale", torch.tensor(3.0), persistent=False)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,4 @@
-"""ADALORA.
-
-PEFT adds its orthogonal regularisation to the loss by itself, as a mean over layers; here that is left to
-`rewrite.regulariser(model)`, which is the sum.
-"""
+"""ADALORA.  PEFT adds its orthogonal regularisation to the loss by itself; here that is `rewrite.regulariser(model)`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same adapter in HF PEFT with the same weights: logits, loss and every gradient are equal."""
+"""Adapters of a spec, by roles, beside HF PEFT's: dropout, compiled, where they start, parts of fused projections."""
 
 from __future__ import annotations
 
@@ -31,47 +31,13 @@ ALL_LINEAR = {
     "vit": r"vit\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|fc1|fc2)",
     "t5": r".*\.(q|k|v|o|wi|wo)",
 }
-NORMS = {"llama": ["input_layernorm", "post_attention_layernorm", "norm"], "gpt2": ["ln_1", "ln_2", "ln_f"]}
 
 CASES = [
-    *[(name, "lora(r=4)@attn.q,v", {"r": 4, "target_modules": targets}) for name, targets in QV.items()],
+    ("llama", "lora(r=4)@attn.q,v", {"r": 4, "target_modules": QV["llama"]}),
     ("gpt2", "lora(r=4)@attn.qkv", {"r": 4, "target_modules": ["c_attn"]}),
-    *[(name, "lora(r=3)@linear-head", {"r": 3, "target_modules": targets}) for name, targets in ALL_LINEAR.items()],
-    ("llama", "lora(r=3)@linear-head", {"r": 3, "target_modules": "all-linear"}),
-    ("gpt2", "lora(r=3)@linear-head", {"r": 3, "target_modules": "all-linear"}),
-    ("llama", "lora(r=4, alpha=6)@attn.q,v", {"r": 4, "lora_alpha": 6, "target_modules": QV["llama"]}),
-    (
-        "qwen3",
-        "lora(r=4, alpha=6, scale=rs)@attn",
-        {"r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": r".*self_attn\.._proj"},
-    ),
-    ("bert", "lora(r=4, bias=true)@attn.q,v", {"r": 4, "lora_bias": True, "target_modules": QV["bert"]}),
-    (
-        "gpt2",
-        "lora(r=4, alpha=2, bias=true)@attn.qkv,ffn.up",
-        {"r": 4, "lora_alpha": 2, "lora_bias": True, "target_modules": ["c_attn", "c_fc"]},
-    ),
-    (
-        "bert",
-        "lora(r=4)@attn.q,v + full(head)",
-        {"r": 4, "target_modules": QV["bert"], "modules_to_save": ["classifier"]},
-    ),
-    (
-        "llama",
-        "lora(r=4)@attn.q,v + full(norm)",
-        {"r": 4, "target_modules": QV["llama"], "modules_to_save": NORMS["llama"]},
-    ),
-    (
-        "gpt2",
-        "lora(r=4)@attn.qkv + full(norm)",
-        {"r": 4, "target_modules": ["c_attn"], "modules_to_save": NORMS["gpt2"]},
-    ),
-    (
-        "llama",
-        "lora(r=4)@attn.q[1:],v[1:]",
-        {"r": 4, "target_modules": QV["llama"], "layers_to_transform": [1]},
-    ),
     ("t5", "lora(r=4)@linear-cross-head", {"r": 4, "target_modules": r"(?!.*EncDec).*\.(q|k|v|o|wi|wo)"}),
+    ("vit", "lora(r=3)@linear-head", {"r": 3, "target_modules": ALL_LINEAR["vit"]}),
+    ("llama", "lora(r=4)@attn.q[1:],v[1:]", {"r": 4, "target_modules": QV["llama"], "layers_to_transform": [1]}),
     ("llama", "lora(r=4, dropout=0.3)@linear-head", {"r": 4, "lora_dropout": 0.3, "target_modules": "all-linear"}),
     ("gpt2", "lora(r=4, dropout=0.3)@linear-head", {"r": 4, "lora_dropout": 0.3, "target_modules": "all-linear"}),
 ]
@@ -136,7 +102,7 @@ def test_equals_peft(name: str, spec: str, settings: dict[str, Any]):
     assert_equal(ours, theirs, batch(name), 1e-12)
 
 
-@pytest.mark.parametrize(("name", "spec", "settings"), [CASES[0], CASES[5]])
+@pytest.mark.parametrize(("name", "spec", "settings"), [CASES[0], CASES[1]])
 def test_compiled_equals_peft(name: str, spec: str, settings: dict[str, Any]):
     theirs = disturb(peft_model(name, torch.float64, **settings))
     ours = rewrite.compile(build(name), spec, backend="aot_eager")
@@ -244,30 +210,6 @@ def factors_of(ours: nn.Module, theirs: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_equals_peft(name: str):
-    ours, theirs, x = both(name)
-    disturb(theirs)
-    matched = factors_of(ours, theirs)
-    with torch.no_grad():
-        for own, parameter in trained(ours).items():
-            parameter.copy_(matched[own].reshape(parameter.shape))
-    results = [model(x) for model in (ours, theirs)]
-    for result in results:
-        result.loss.backward()
-    assert_close(results[0].logits, results[1].logits, 1e-12)
-    assert_close(results[0].loss, results[1].loss, 1e-12)
-    for own, parameter in trained(ours).items():
-        expected = matched[own].grad
-        assert parameter.grad is not None
-        assert expected is not None
-        assert bool(expected.any())
-        assert_close(parameter.grad, expected.reshape(parameter.shape), 1e-12, own)
-    rewrite.merge(ours)
-    merged: Any = theirs.merge_and_unload()  # type: ignore[operator]
-    assert_same(dict(ours.named_parameters()), dict(merged.named_parameters()), 1e-12)
-
-
-@pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_starts_as_in_peft(name: str):
     torch.manual_seed(21)
     ours, theirs, _ = both(name, "r=64", r=64)
@@ -282,14 +224,3 @@ def test_a_layer_starts_as_in_peft(name: str):
         bound = start.shape[1] ** -0.5  # uniform: the same bound
         assert max(start.abs().max(), other.abs().max()) <= bound
         assert min(start.abs().max(), other.abs().max()) > 0.9 * bound
-
-
-def test_a_bias_on_a_convolution_equals_peft():
-    ours, theirs, x = both("Conv1d", "r=3, alpha=5, bias=true", lora_bias=True)
-    disturb(theirs)
-    matched = factors_of(ours, theirs)
-    with torch.no_grad():
-        for own, parameter in trained(ours).items():
-            parameter.copy_(matched[own].reshape(parameter.shape))
-    assert len(matched) == 3
-    assert_close(ours(x).logits, theirs(x).logits, 1e-12)
