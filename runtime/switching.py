@@ -25,8 +25,8 @@ def use(model: nn.Module, which: Choice = None, *, per_row: Sequence[Choice] | N
 
     `per_row` chooses for every row of the batch instead; the next batches must have that many rows.  Adapters have
     names where the spec gives them, `en: lora(r=8)@attn + fr: lora(r=8)@attn`; all of them take part until this is
-    called, and those without a name always do.  Switching never recompiles (a first `per_row` does once), and inactive adapters get zero gradients: give
-    an optimizer the tensors of those that train, `parameter_groups(model, lr=1e-4, adapter="en")`.
+    called, and those without a name always do.  Switching never recompiles (a first `per_row` does once), and inactive
+    adapters get zero gradients: give an optimizer those that train, `parameter_groups(model, lr=1e-4, adapter="en")`.
 
     Raises `RewriteError` for an unknown name, unnamed adapters, and adapters that cannot differ by rows.
 

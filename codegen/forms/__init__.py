@@ -1,24 +1,12 @@
 """Structured matrices: what updates of weights, and factors of them, are made of.  `form` explains the algebra."""
 
+from rewrite.codegen.forms.algebra import Product, Scaled, Spread, Sum
 from rewrite.codegen.forms.base import Base
 from rewrite.codegen.forms.block_diagonal import BlockDiagonal
 from rewrite.codegen.forms.blocks import LowRankBlocks, Tiled
 from rewrite.codegen.forms.butterfly import Butterfly
 from rewrite.codegen.forms.circulant import Circulant
-from rewrite.codegen.forms.form import (
-    IN,
-    OUT,
-    TOKENS,
-    Dense,
-    Diagonal,
-    Form,
-    Formed,
-    Product,
-    Scaled,
-    Shift,
-    Spread,
-    Sum,
-)
+from rewrite.codegen.forms.form import IN, OUT, TOKENS, Dense, Diagonal, Form, Formed, Shift
 from rewrite.codegen.forms.hadamard import Hadamard
 from rewrite.codegen.forms.householder import Householder
 from rewrite.codegen.forms.kronecker import Kronecker

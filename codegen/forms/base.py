@@ -9,7 +9,8 @@ import sympy
 import torch
 from torch.utils._pytree import tree_map_only
 
-from rewrite.codegen.forms.form import Form, Scaled, Sum, cast
+from rewrite.codegen.forms.algebra import Scaled, Sum
+from rewrite.codegen.forms.form import Form, cast
 from rewrite.codegen.forms.low_rank import LowRank
 from rewrite.codegen.maps import LINEAR, LayerMap
 

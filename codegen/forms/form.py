@@ -90,11 +90,11 @@ class Form:
 
     def gated(self, gate: Any) -> Form:
         """The form times a tensor: (1,), or a number for every row of a batch, aligned with the layer's output."""
-        return Gated(self, gate)
+        return _algebra().Gated(self, gate)
 
     def spread(self, rows: Rows) -> Form:
         """The larger matrix that is this one at `rows`, and zero elsewhere."""
-        return Spread(self, rows)
+        return _algebra().Spread(self, rows)
 
     def shift(self) -> Tensor | None:
         """The update of the bias, (outputs,), or None where there is none."""
@@ -118,21 +118,21 @@ class Form:
 
     def terms(self, scale: float = 1.0) -> tuple[Form, ...]:
         """The summands of `scale * self`, each of which a fused kernel can add on its own."""
-        return (self if scale == 1.0 else Scaled(self, scale),)
+        return (self * scale,)
 
     def __add__(self, other: Form) -> Form:
-        return Sum((self, other))
+        return _algebra().Sum((self, other))
 
     def __sub__(self, other: Form) -> Form:
-        return self + Scaled(other, -1.0)
+        return self + _algebra().Scaled(other, -1.0)
 
     def __mul__(self, scale: float) -> Form:
-        return self if scale == 1.0 else Scaled(self, scale)
+        return self if scale == 1.0 else _algebra().Scaled(self, scale)
 
     __rmul__ = __mul__
 
     def __matmul__(self, other: Form) -> Form:
-        return Product(self, other)
+        return _algebra().Product(self, other)
 
 
 def _changed(value: Any, change: Callable[[Any], Any]) -> Any:
@@ -141,6 +141,13 @@ def _changed(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, tuple):
         return tuple(_changed(v, change) for v in value)
     return change(value) if hasattr(value, "dtype") and value.dtype.is_floating_point else value
+
+
+def _algebra() -> Any:
+    """Combinations of forms, which are forms: they stand in a file of their own."""
+    from rewrite.codegen.forms import algebra
+
+    return algebra
 
 
 @dataclass(frozen=True)
@@ -157,22 +164,6 @@ class Dense(Form):
 
 
 @dataclass(frozen=True)
-class Transposed(Form):
-    """`form'`, for forms whose transpose has no structure of its own."""
-
-    form: Form
-
-    def materialise(self) -> Tensor:
-        return self.form.materialise().transpose(-2, -1)
-
-    def formation(self) -> sympy.Expr:
-        return swapped(self.form.formation())
-
-    def transpose(self) -> Form:
-        return self.form
-
-
-@dataclass(frozen=True)
 class Formed(Form):
     """`form` as its dense matrix, where that is cheaper than its factors."""
 
@@ -186,46 +177,6 @@ class Formed(Form):
 
     def spread(self, rows: Rows) -> Form:
         return Formed(self.form.spread(rows))
-
-
-@dataclass(frozen=True)
-class Gated(Form):
-    """`form` times a gate, as `Form.gated` has it."""
-
-    form: Form
-    gate: Any
-
-    def apply(self, x: Any, layer: LayerMap = LINEAR, scale: float = 1.0, like: Any = None) -> Any:
-        y = self.form.apply(x, layer, scale, like)
-        return y * cast(self.gate, y)
-
-    def materialise(self) -> Tensor:
-        M = self.form.materialise()
-        return M * cast(self.gate, M)
-
-    def is_light(self) -> bool:
-        return self.form.is_light()
-
-    def has_factors(self, layer: LayerMap) -> bool:
-        return self.form.has_factors(layer)
-
-    def formation(self) -> sympy.Expr:
-        return self.form.formation()
-
-    def cost(self) -> sympy.Expr:
-        return self.form.cost()
-
-    def spread(self, rows: Rows) -> Form:
-        return Gated(self.form.spread(rows), self.gate)
-
-    def shift(self) -> Tensor | None:
-        shift = self.form.shift()
-        return None if shift is None else shift * cast(self.gate, shift)
-
-
-def swapped(cost: sympy.Expr) -> sympy.Expr:
-    """The cost of a transposed matrix."""
-    return cost.subs({IN: OUT, OUT: IN}, simultaneous=True)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -248,60 +199,6 @@ class Diagonal(Form):
 
     def transpose(self) -> Form:
         return self
-
-
-@dataclass(frozen=True)
-class Product(Form):
-    """`left right`: what `right` makes of x, `left` takes.
-
-    >>> Product(Diagonal(torch.tensor([2.0])), Dense(torch.ones(1, 3))).materialise()
-    tensor([[2., 2., 2.]])
-    """
-
-    left: Form
-    right: Form
-
-    def materialise(self) -> Tensor:
-        left, right = self.left, self.right
-        if isinstance(left, Diagonal):
-            return left.d[..., :, None] * right.materialise()
-        if isinstance(right, Diagonal):
-            return left.materialise() * right.d
-        # The rows of `left right` are right' on the rows of left: a structured right forms nothing.
-        if _structured(right.T):
-            return right.T.apply(left.materialise())
-        if _structured(left):
-            return left.apply(right.materialise().transpose(-2, -1)).transpose(-2, -1)
-        return left.materialise() @ right.materialise()
-
-    def formation(self) -> sympy.Expr:
-        return self.left.formation() + self.right.formation() + IN * OUT
-
-    def is_light(self) -> bool:
-        return self.left.is_light() and self.right.is_light()
-
-    def has_factors(self, layer: LayerMap) -> bool:
-        return isinstance(layer, Matmul) and self.left.has_factors(layer) and self.right.has_factors(layer)
-
-    def apply(self, x: Any, layer: LayerMap = LINEAR, scale: float = 1.0, like: Any = None) -> Any:
-        if self.has_factors(layer):
-            return self.left.apply(self.right.apply(x, LINEAR), LINEAR, scale)
-        return super().apply(x, layer, scale, like)
-
-    def cost(self) -> sympy.Expr:
-        return self.left.cost() + self.right.cost()
-
-    def transpose(self) -> Form:
-        return Product(self.right.T, self.left.T)
-
-    def squares(self) -> Any:
-        if isinstance(self.left, Diagonal):
-            return self.left.d.square() * self.right.squares()
-        return super().squares()
-
-
-def _structured(form: Form) -> bool:
-    return type(form).factored is not Form.factored
 
 
 @dataclass(frozen=True)
@@ -340,146 +237,21 @@ class Shift(Form):
 
 
 @dataclass(frozen=True)
-class Scaled(Form):
-    """`factor * form`."""
+class Transposed(Form):
+    """`form'`, for forms whose transpose has no structure of its own."""
 
     form: Form
-    factor: float
-
-    def apply(self, x: Any, layer: LayerMap = LINEAR, scale: float = 1.0, like: Any = None) -> Any:
-        return self.form.apply(x, layer, scale * self.factor, like)
-
-    def is_light(self) -> bool:
-        return self.form.is_light()
-
-    def has_factors(self, layer: LayerMap) -> bool:
-        return self.form.has_factors(layer)
-
-    def gated(self, gate: Any) -> Form:
-        return Scaled(self.form.gated(gate), self.factor)
-
-    def add_to(self, W: Any, layer: LayerMap = LINEAR, rows: Rows | None = None, scale: float = 1.0) -> Any:
-        return self.form.add_to(W, layer, rows, scale * self.factor)
-
-    def spread(self, rows: Rows) -> Form:
-        return Scaled(self.form.spread(rows), self.factor)
-
-    def terms(self, scale: float = 1.0) -> tuple[Form, ...]:
-        return self.form.terms(scale * self.factor)
 
     def materialise(self) -> Tensor:
-        return self.form.materialise() * self.factor
+        return self.form.materialise().transpose(-2, -1)
 
     def formation(self) -> sympy.Expr:
-        return self.form.formation()
+        return swapped(self.form.formation())
 
     def transpose(self) -> Form:
-        return Scaled(self.form.T, self.factor)
-
-    def squares(self) -> Any:
-        return self.form.squares() * self.factor**2
-
-    def gram(self, other: Form) -> Any:
-        return self.form.gram(other) * self.factor
-
-    def shift(self) -> Tensor | None:
-        shift = self.form.shift()
-        return None if shift is None else shift * self.factor
-
-    def cost(self) -> sympy.Expr:
-        return self.form.cost()
+        return self.form
 
 
-@dataclass(frozen=True)
-class Sum(Form):
-    """The sum of several updates of one weight."""
-
-    parts: tuple[Form, ...]
-
-    def terms(self, scale: float = 1.0) -> tuple[Form, ...]:
-        return tuple(t for part in self.parts for t in part.terms(scale))
-
-    def apply(self, x: Any, layer: LayerMap = LINEAR, scale: float = 1.0, like: Any = None) -> Any:
-        first, *rest = (part.apply(x, layer, scale, like) for part in self.parts)
-        for term in rest:
-            first = first + term
-        return first
-
-    def is_light(self) -> bool:
-        return all(part.is_light() for part in self.parts)
-
-    def has_factors(self, layer: LayerMap) -> bool:
-        return all(part.has_factors(layer) for part in self.parts)
-
-    def gated(self, gate: Any) -> Form:
-        return Sum(tuple(part.gated(gate) for part in self.parts))
-
-    def add_to(self, W: Any, layer: LayerMap = LINEAR, rows: Rows | None = None, scale: float = 1.0) -> Any:
-        for part in self.parts:
-            W = part.add_to(W, layer, rows, scale)
-        return W
-
-    def spread(self, rows: Rows) -> Form:
-        return Sum(tuple(part.spread(rows) for part in self.parts))
-
-    def materialise(self) -> Tensor:
-        first, *rest = (term.materialise() for term in self.parts)
-        for term in rest:
-            first = first + term
-        return first
-
-    def shift(self) -> Tensor | None:
-        shifts = [s for term in self.parts if (s := term.shift()) is not None]
-        return torch.stack(shifts).sum(0) if shifts else None
-
-    def formation(self) -> sympy.Expr:
-        return sympy.Add(*(term.formation() for term in self.parts))
-
-    def cost(self) -> sympy.Expr:
-        return sympy.Add(*(term.cost() for term in self.parts))
-
-    def transpose(self) -> Form:
-        return Sum(tuple(term.T for term in self.parts))
-
-    def squares(self) -> Any:
-        total = None
-        for number, part in enumerate(self.parts):
-            for term in [part.squares(), *(2 * part.gram(other) for other in self.parts[number + 1 :])]:
-                total = term if total is None else total + term
-        return total
-
-    def gram(self, other: Form) -> Any:
-        first, *rest = (term.gram(other) for term in self.parts)
-        for term in rest:
-            first = first + term
-        return first
-
-
-@dataclass(frozen=True)
-class Spread(Form):
-    """`form` at some rows of a larger matrix; forms that can say so in their own tensors do."""
-
-    form: Form
-    rows: Rows
-
-    def apply(self, x: Any, layer: LayerMap = LINEAR, scale: float = 1.0, like: Any = None) -> Any:
-        return self.rows.put(self.form.apply(x, layer, scale, like), layer.channel)
-
-    def is_light(self) -> bool:
-        return self.form.is_light()
-
-    def has_factors(self, layer: LayerMap) -> bool:
-        return self.form.has_factors(layer)
-
-    def formation(self) -> sympy.Expr:
-        return self.form.formation()
-
-    def materialise(self) -> Tensor:
-        return self.rows.put(self.form.materialise())
-
-    def shift(self) -> Tensor | None:
-        shift = self.form.shift()
-        return None if shift is None else self.rows.put(shift, -1)
-
-    def cost(self) -> sympy.Expr:
-        return self.form.cost()
+def swapped(cost: sympy.Expr) -> sympy.Expr:
+    """The cost of a transposed matrix."""
+    return cost.subs({IN: OUT, OUT: IN}, simultaneous=True)  # type: ignore[return-value]

@@ -7,7 +7,7 @@ terms of a spec), `tuner` and `tuners/` (one small file per PEFT method), `trans
 Where PEFT 0.21 is wrong, an adapter is loaded as the function that PEFT's forward computes, for that is what was
 trained, with the gradients of that function; and refused where no spec says it:
 
-- `nn.MultiheadAttention`: its forward adds the update of `out_proj` twice, its gradient is that of one (alpha is doubled)
+- `nn.MultiheadAttention`: its forward adds the update of `out_proj` twice, its gradient knows one (alpha doubles)
 - C3A passes a wrong gradient to its input; LoHa has one for `use_effective_conv2d`
 - convolutions: LoRA ignores dilation, groups and padding modes, OFT, BOFT and HRA take the first of stride, padding and
   kernel for all, OFT merges kernels wrongly, LoKr multiplies wrongly in 1-d (refused; DoRA with groups too)

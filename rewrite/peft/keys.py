@@ -147,12 +147,12 @@ class AsInPeft(nn.Parameter):
         return found
 
     @property
-    def grad(self) -> Tensor | None:  # type: ignore[override]  # pyright: ignore
+    def grad(self) -> Tensor | None:
         """The gradient of the parameter that this is a view of."""
         source: Any = self.source  # type: ignore[attr-defined]
         return None if source.grad is None else self.key.written(source.grad)  # type: ignore[attr-defined]
 
     @grad.setter
-    def grad(self, value: Tensor | None) -> None:
+    def grad(self, value: Tensor | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         source: Any = self.source  # type: ignore[attr-defined]
         source.grad = None if value is None else self.key.read(value)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""ADALORA.  PEFT adds its orthogonal regularisation to the loss by itself; here that is `rewrite.regulariser(model)`."""
+"""ADALORA.  PEFT adds its regularisation to the loss by itself; here that is `rewrite.regulariser(model)`."""
 
 from __future__ import annotations
 
