@@ -101,7 +101,7 @@ def group(edits: Iterable[Edit]) -> list[Group]:
 
 
 def summarise(sites: Sequence[str]) -> str:
-    """Sites in one pattern each: numbers as ranges, last names as alternatives.
+    """Sites in one pattern each: numbers as ranges, last names as alternatives; the model itself is `(model)`.
 
     >>> summarise(["h.0.attn.q", "h.1.attn.q", "h.0.attn.v", "h.1.attn.v"])
     'h.[0-1].attn.[q,v]'
@@ -109,7 +109,7 @@ def summarise(sites: Sequence[str]) -> str:
     if not sites:
         return ""
     shapes: dict[str, list[list[int]]] = {}
-    for site in sites:
+    for site in (site or "(model)" for site in sites):
         shapes.setdefault(_NUMBER.sub("#", site), []).append([int(n) for n in _NUMBER.findall(site)])
     families: dict[tuple[str, str], list[str]] = {}
     for shape, numbers in shapes.items():

@@ -176,8 +176,8 @@ def _saved(model: nn.Module, whole: Sequence[str]) -> list[str]:
     return outer
 
 
-def _selecting(model: nn.Module, wanted: Iterable[str]) -> list[str]:
-    """The shortest names by which PEFT finds these modules and no others."""
+def _selecting(model: nn.Module, wanted: Iterable[str]) -> list[str] | str:
+    """The shortest names by which PEFT finds these modules and no others; one regular expression where names fail."""
     every = [path for path, _ in model.named_modules() if path and ".adapters" not in path]
     inside, found = set(wanted), list[str]()
     for path in sorted(inside):
@@ -186,8 +186,8 @@ def _selecting(model: nn.Module, wanted: Iterable[str]) -> list[str]:
         pieces = path.split(".")
         ends = [".".join(pieces[start:]) for start in range(len(pieces) - 1, -1, -1)]
         name = next((end for end in ends if all(p in inside for p in every if suffixed(p, [end]))), None)
-        if name is None:
-            raise RewriteError(f"PEFT cannot name {path} alone: other paths of this model end in it")
+        if name is None:  # other paths end in this one
+            return "|".join(re.escape(p) for p in sorted(inside))
         found.append(name)
     return found
 

@@ -81,6 +81,16 @@ class Deep(nn.Module):
         return self.head(x)
 
 
+class Nested(nn.Sequential):
+    """Layers that go by numbers, of which one ends in another."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(10, 9), nn.Tanh(), nn.Sequential(nn.Linear(9, 8), nn.Tanh()), nn.Linear(8, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
 class Words(nn.Module):
     """An embedding, a `Conv1D` and a linear layer."""
 
@@ -200,6 +210,7 @@ BUILDERS: Mapping[str, Callable[[], nn.Module]] = {
     "mlp": Mlp,
     "mlp without bias": lambda: Mlp(bias=False),
     "deep": Deep,
+    "nested": Nested,
     "words": Words,
     "padded words": lambda: Words(padding=1),
     "scaled words": ScaledWords,

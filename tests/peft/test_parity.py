@@ -50,6 +50,8 @@ LORA = [
     ("deep", lora(target_modules=["up", "down"], layers_to_transform=[0, 2]), {}),
     ("deep", lora(target_modules=["up"], layers_to_transform=1, layers_pattern="layers"), {}),
     ("deep", lora(target_modules="all-linear", rank_pattern={"up": 2, r"layers\.1\.down": 3}), {}),
+    ("nested", lora(target_modules="0", modules_to_save=["3"]), {}),
+    ("nested", lora(target_modules=["0"], bias="all"), {}),
     ("words", lora(target_modules=EVERY), {}),
     ("words", lora(target_modules=EVERY, use_dora=True), {}),
     ("words", lora(target_modules=EVERY, lora_dropout=0.1), {}),
