@@ -87,7 +87,7 @@ class Nested(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(nn.Linear(10, 9), nn.Tanh(), nn.Sequential(nn.Linear(9, 8), nn.Tanh()), nn.Linear(8, 3))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().forward(x)
 
 

@@ -202,7 +202,9 @@ def on_models() -> list[Any]:
             peft.WaveFTConfig(n_frequency=20, target_modules=modules),
         ]
         for config in (*([] if name == "gpt2" else kinds), *everywhere):
-            found.append((name, config, {"dtype": torch.float32, "tolerance": 1e-4}))
+            # RandLoRA's scale of 160 takes its gradients out of what float32 resolves.
+            single = {} if config.peft_type == "RANDLORA" else {"dtype": torch.float32, "tolerance": 1e-4}
+            found.append((name, config, {"tolerance": 1e-6} | single))
     return found
 
 
