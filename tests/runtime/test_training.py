@@ -142,7 +142,7 @@ def test_loftq_brings_a_rounded_base_nearer():
     found = [rewrite.merge(rewrite.attach(build(), spec.format(init))).first.weight for init in ("kaiming", "loftq")]
     lost = [torch.linalg.svdvals(exact - weight) for weight in found]
     assert_close(lost[1][:-3], lost[0][3:], 1e-9)  # the three largest are gone, the rest is as it was
-    with pytest.raises(rewrite.ResolveError, match="lora does not fit first: .* is not rounded"):
+    with pytest.raises(rewrite.ResolveError, match=r"lora does not fit first: .* is not rounded"):
         rewrite.attach(build(), 'lora(r=3, init=loftq)@"first"')
 
 
