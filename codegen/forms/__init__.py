@@ -6,14 +6,17 @@ from rewrite.codegen.forms.block_diagonal import BlockDiagonal
 from rewrite.codegen.forms.blocks import LowRankBlocks, Tiled
 from rewrite.codegen.forms.butterfly import Butterfly
 from rewrite.codegen.forms.circulant import Circulant
+from rewrite.codegen.forms.codebook import Codebook
 from rewrite.codegen.forms.form import IN, OUT, TOKENS, Dense, Diagonal, Form, Formed, Shift
 from rewrite.codegen.forms.hadamard import Hadamard
 from rewrite.codegen.forms.householder import Householder
 from rewrite.codegen.forms.kronecker import Kronecker
 from rewrite.codegen.forms.low_rank import LowRank, spread_over
 from rewrite.codegen.forms.orthogonal import cayley, cayley_neumann, skew
+from rewrite.codegen.forms.pairs import Pairs
 from rewrite.codegen.forms.sparse import Coordinates, RowSparse, scattered
 from rewrite.codegen.forms.spectral import Fourier, Haar
+from rewrite.codegen.forms.transforms import Cosine, Walsh
 
 __all__ = [
     "IN",
@@ -23,7 +26,9 @@ __all__ = [
     "BlockDiagonal",
     "Butterfly",
     "Circulant",
+    "Codebook",
     "Coordinates",
+    "Cosine",
     "Dense",
     "Diagonal",
     "Form",
@@ -35,6 +40,7 @@ __all__ = [
     "Kronecker",
     "LowRank",
     "LowRankBlocks",
+    "Pairs",
     "Product",
     "RowSparse",
     "Scaled",
@@ -42,6 +48,7 @@ __all__ = [
     "Spread",
     "Sum",
     "Tiled",
+    "Walsh",
     "cayley",
     "cayley_neumann",
     "scattered",

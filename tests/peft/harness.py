@@ -54,12 +54,15 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 def gradients_of_peft(model: Any) -> dict[str, Tensor]:
     """The gradients of a PEFT model under the names of its checkpoint."""
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    held = model.named_parameters(remove_duplicate=False)  # a file has one of the names of what layers share
+    found = {name: p.grad for name, p in held if p.grad is not None}
     with quiet():
         state = dict(peft.get_peft_model_state_dict(model, state_dict=model.state_dict() | found))
     known = {id(gradient) for gradient in found.values()}
-    # With bias=all PEFT has the bias of a module that it trains in full twice.
-    return {n: value for n, value in state.items() if id(value) in known and ".modules_to_save." not in n}
+    # With bias=all PEFT has the bias of a module that it trains in full twice, and what is tied under both names.
+    kept = {n: value for n, value in state.items() if id(value) in known and ".modules_to_save." not in n}
+    first = {id(value): n for n, value in reversed(kept.items())}
+    return {n: value for n, value in kept.items() if first[id(value)] == n}
 
 
 def step(model: nn.Module, inputs: dict[str, Any]) -> Tensor:

@@ -326,6 +326,16 @@ def test_saved_and_loaded_is_equal(spec: str, bias: bool, tmp_path: Path):
     ],
 )
 def test_compiled_equals_eager(spec: str, bias: bool):
+    compare_compiled(spec, bias, [(3, 5), (2, 7)])
+
+
+@pytest.mark.slow  # each of the shapes compiles anew
+@plain_specs
+def test_compiled_equals_eager_on_one_token_and_an_empty_batch(spec: str):
+    compare_compiled(spec, True, [(1, 1), (0, 5)])
+
+
+def compare_compiled(spec: str, bias: bool, shapes: list[tuple[int, int]]) -> None:
     model = attached(spec, bias)
     rewrite.compile(rewrite.remove(model), spec, backend="eager")
     disturb(model).train()
@@ -338,7 +348,6 @@ def test_compiled_equals_eager(spec: str, bias: bool):
             (y * y).sum().backward()
         return y, gradients(model)
 
-    shapes = [(3, 5), (2, 7), (1, 1), (0, 5)] if spec in PLAIN else [(3, 5), (2, 7)]  # the last two compile anew
     for x in (ids(*shape) for shape in shapes):
         y, found = outcome(model, x)
         expected, wanted = outcome(model.forward, x)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 import rewrite
+from rewrite import inventory
 from tests.models import assert_close, assert_same, disturb, gradients
 from tests.rewrite.variants import binds, variants
 
@@ -38,13 +41,24 @@ def spec(name: str) -> str:
     raise AssertionError(f"{name} takes none of {SITES}")
 
 
+@functools.cache
+def places() -> inventory.Inventory:
+    """What the model is made of, found out once."""
+    return take(llama())
+
+
+take = inventory.take
+
+
+@pytest.fixture(autouse=True)
+def known_places(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(inventory, "take", lambda model, batch=None: places())
+
+
 def compiled(name: str, checkpointing: bool) -> torch.nn.Module:
-    model = disturb(rewrite.attach(llama(), spec(name)))
+    model = disturb(rewrite.compile(llama(), spec(name), backend="eager"))
     if checkpointing:
         model.gradient_checkpointing_enable()  # type: ignore[operator]
-    state = {n: t.clone() for n, t in model.state_dict().items()}
-    model = rewrite.compile(rewrite.remove(model), spec(name), backend="eager")
-    model.load_state_dict(state)
     return model.train()
 
 

@@ -76,8 +76,8 @@ def grafts(model: nn.Module) -> list[Graft]:
                     where="weight",
                     op=update(transposed),
                     slots=slots,
-                    initialise=lambda W, slots=slots: {n: torch.zeros(s.shape) for n, s in slots.items()},
-                    delta=lambda A, B: LowRank(B, A) * 0.5,
+                    initialise=lambda W, held: [t.zero_() for t in held.values()],
+                    merged=merged(Matmul(transposed)),
                     tensor=name,
                     shape=tuple(weight.shape),
                     map=Matmul(transposed),
@@ -85,6 +85,11 @@ def grafts(model: nn.Module) -> list[Graft]:
                 )
             )
     return found
+
+
+def merged(layer: Matmul):
+    """The stored weight with the dense update."""
+    return lambda W, b, A, B: ((LowRank(B, A) * 0.5).add_to(W, layer) + 0, b)
 
 
 def build(name: str, how: str = "grouped_mm", dtype: torch.dtype = torch.float64, experts: int = 4) -> nn.Module:
