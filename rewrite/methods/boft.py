@@ -25,19 +25,15 @@ class Boft(Method):
 
     def params(self, site: Site) -> dict[str, Param]:
         size = block_size(site.in_features, self.block, self.blocks)
-        return {
-            "R": Param((*site.leading, self.factors, site.in_features // size, size, size)),
-            "s": Param((*site.leading, site.out_features, 1), torch.nn.init.ones_),
-        }
+        R = Param((*site.leading, self.factors, site.in_features // size, size, size))
+        return {"R": R, "s": Param((*site.leading, site.out_features, 1), torch.nn.init.ones_)}
 
     def fits(self, site: Site) -> str | None:
         *_, count, size, _ = self.params(site)["R"].shape
-        if size == 1:
-            return "a single channel cannot be rotated"
-        if self.factors > 1 and (size % 2 or count % 2 ** (self.factors - 1)):
-            groups = 2 ** (self.factors - 1)
+        groups = 2 ** (self.factors - 1)
+        if groups > 1 and (size % 2 or count % groups):
             return f"factors={self.factors} wants even blocks in groups of {groups}, not {count} of size {size}"
-        return None
+        return "a single channel cannot be rotated" if size == 1 else None
 
     def weight(self, W: Base, R: Tensor, s: Tensor) -> Form:
         rotations = cayley((R - R.transpose(-2, -1)) / 2)
