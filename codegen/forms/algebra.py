@@ -18,8 +18,8 @@ Tensor = torch.Tensor
 class Product(Form):
     """`left right`: what `right` makes of x, `left` takes.
 
-    >>> Product(Diagonal(torch.tensor([2.0])), Dense(torch.ones(1, 3))).materialise()
-    tensor([[2., 2., 2.]])
+    >>> Product(Diagonal(torch.tensor([2.0])), Diagonal(torch.tensor([3.0]))).materialise()
+    tensor([[6.]])
     """
 
     left: Form

@@ -22,7 +22,7 @@ def llama() -> torch.nn.Module:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=53, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, attn_implementation="sdpa",
+        num_key_value_heads=2, max_position_embeddings=64, attn_implementation="sdpa", attention_bias=True,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config).double()
 
