@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 
 import rewrite
 from rewrite import inventory
+from rewrite.runtime.attach import require
 from tests.models import assert_close, assert_same, disturb, gradients
 from tests.rewrite.variants import binds, variants
 
@@ -71,6 +72,10 @@ def test_one_graph(name: str, checkpointing: bool):
     counters.clear()
     model = compiled(name, checkpointing)
     ids = torch.randint(0, 53, (2, 7), generator=torch.Generator().manual_seed(2))
+    if checkpointing and any(g.where == "past" for g in require(model).grafts):  # transformers drops the cache then
+        with pytest.raises(rewrite.RewriteError, match="gradient checkpointing drops"):
+            model(input_ids=ids, labels=ids)
+        return
     trains = any(p.requires_grad for p in model.parameters())
     results = []
     for stance in ("default", "force_eager"):
