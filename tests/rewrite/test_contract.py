@@ -128,6 +128,8 @@ FITTING = {
 SPECS = [f"{call}@{','.join(taken)}" for call, (taken, _) in FITTING.items() if taken]
 PLAIN = {next((s for s in SPECS if s.startswith(f"{name}(")), "") for name in METHODS}
 """Each method with its defaults: those go through everything every time, other arguments with `-m slow`."""
+BY_VIEW = {METHODS[s.partition("(")[0]]().view(): s for s in sorted(PLAIN - {""}, reverse=True) if "()" in s}.values()
+"""One method for each view: how layers are compiled is the view's matter; `test_one_graph.py` compiles every method."""
 every_spec = pytest.mark.parametrize("spec", SPECS)
 plain_specs = pytest.mark.parametrize(
     "spec", [s if s in PLAIN else pytest.param(s, marks=pytest.mark.slow) for s in SPECS]
@@ -319,7 +321,7 @@ def test_saved_and_loaded_is_equal(spec: str, bias: bool, tmp_path: Path):
 @pytest.mark.parametrize(
     ("spec", "bias"),
     [
-        pytest.param(s, b, id=f"{s}-{b}", marks=() if b and s in PLAIN else pytest.mark.slow)
+        pytest.param(s, b, id=f"{s}-{b}", marks=() if b and s in BY_VIEW else pytest.mark.slow)
         for s in SPECS
         for b in (True, False)
         if b or s in PLAIN

@@ -12,8 +12,8 @@ from tests.zoo.check import check, quiet
 
 SAMPLE = {
     "causal": (
-        *("bloom", "falcon", "phi3"),  # fused projections: interleaved, grouped, in a row
-        *("deepseek_v3", "gpt_oss", "llama4_text"),  # latent attention; experts stored either way
+        *("falcon", "phi3"),  # fused projections: interleaved by group, in a row
+        *("gpt_oss", "llama4_text"),  # experts stored either way
         *("mamba", "qwen3_next"),  # no attention, and some
     ),
     "encoder": ("deberta-v2",),
