@@ -173,13 +173,15 @@ def check_shared(model: nn.Module, found: Iterable[Target]) -> None:
             )
 
 
-def pattern_key(patterns: Mapping[str, Any], path: str, config: Config, field: str) -> str | None:
-    """The first key of `rank_pattern` or `alpha_pattern` that is about a path."""
-    return next((key for key in patterns if matched(rf"(.*\.)?({key})$", path, config, field)), None)
+def pattern_key(patterns: Mapping[str, Any], path: str, config: Config, field: str, dotted: bool = False) -> str | None:
+    """The first key of `rank_pattern` or `alpha_pattern` that is about a path; `dotted` ones follow a dot."""
+    start = r".*\.{key}$" if dotted else r"(.*\.)?({key})$"
+    found = (key for key in patterns if matched(start.replace("{key}", key), path, config, field))
+    return next(found, path if path in patterns else None)
 
 
-def by_path(config: Config, field: str, path: str, default: Any) -> Any:
+def by_path(config: Config, field: str, path: str, default: Any, dotted: bool = False) -> Any:
     """`default`, or what a pattern field says for this path."""
     patterns = config.get(field, {})
-    key = pattern_key(patterns, path, config, field)
+    key = pattern_key(patterns, path, config, field, dotted)
     return default if key is None else patterns[key]

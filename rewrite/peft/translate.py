@@ -170,7 +170,9 @@ def _biased(
     if value == "none":
         return []
     if value == tuner.bias_only and value:
-        found = [t.path for t in adapted if not t.parameter and getattr(t.module, "bias", None) is not None]
+        layers = [(t.path, t.module) for t in adapted if not t.parameter]
+        inside = [(f"{path}.out_proj", m.out_proj) for path, m in layers if isinstance(m, nn.MultiheadAttention)]
+        found = [path for path, module in (*layers, *inside) if getattr(module, "bias", None) is not None]
     elif value == "all":
         found = [path for path, m in model.named_modules() if isinstance(m._parameters.get("bias"), nn.Parameter)]
     else:

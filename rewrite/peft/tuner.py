@@ -136,6 +136,7 @@ class Tuner:
     transposed: ClassVar[bool] = False  # whether it takes transformers' `Conv1D`
     arguments: ClassVar[Mapping[str, tuple[str, Any]]] = MappingProxyType({})  # argument: (field, default)
     patterns: ClassVar[Mapping[str, str]] = MappingProxyType({})  # field: field of exceptions
+    dotted: ClassVar[bool] = False  # whether these match whole paths, or what follows a dot, and nothing else
     starts: ClassVar[frozenset[str]] = frozenset()
     extra: ClassVar[frozenset[str]] = frozenset()  # further fields that `call` reads
     only: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = MappingProxyType({})
@@ -155,7 +156,7 @@ class Tuner:
         for argument, (field, default) in self.arguments.items():
             value = config.get(field, default)
             if target is not None and field in self.patterns:
-                value = by_path(config, self.patterns[field], target.name, value)
+                value = by_path(config, self.patterns[field], target.name, value, self.dotted)
             given[argument] = value
         return self.methods[0], given
 

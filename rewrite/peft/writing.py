@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from safetensors.torch import save as to_bytes
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from rewrite.errors import RewriteError
 from rewrite.method import Method
-from rewrite.peft.config import CONFIG, TENSORS
+from rewrite.peft.config import CONFIG, TENSORS, Config
 from rewrite.peft.keys import ROWS, Made, entries, parts, tensor_of, tensors_of, tuned_paths, zeros_of
-from rewrite.peft.targets import suffixed
+from rewrite.peft.targets import by_path, suffixed
 from rewrite.peft.tuner import Part, Tuner, tuners
 from rewrite.runtime.attach import original, require
 from rewrite.runtime.files import write
@@ -68,7 +69,8 @@ def configuration(model: nn.Module, made: Sequence[Made], grafts: Sequence[Graft
         config["trainable_token_indices"] = rows
     tuner.finish(config, [(method, part) for _, method, _, part in made])
     trained = [graft for graft in grafts if graft.where == "train"]
-    return config | _trained(model, trained, modules, tuner)
+    adapted = [part.path for *_, part in made if part.kind != "parameter"]
+    return config | _trained(model, trained, adapted, tuner)
 
 
 def _one_tuner(made: Sequence[Made], grafts: Sequence[Graft]) -> Tuner:
@@ -131,10 +133,26 @@ def _fields(tuner: Tuner, found: Sequence[tuple[Method, Part]]) -> dict[str, Any
                 main[name] = value
             elif main[name] != value and name in tuner.patterns:
                 path = part.path if part.kind != "parameter" else f"{part.path}.{part.graft.tensor}"
-                differing.setdefault(tuner.patterns[name], {})[f"^{re.escape(path)}"] = value
+                key = path if tuner.dotted else f"^{re.escape(path)}"
+                differing.setdefault(tuner.patterns[name], {})[key] = value
             elif main[name] != value:
                 raise RewriteError(f"PEFT has one {name} in a folder: {main[name]}, or {value} at {part.path}")
+    if tuner.dotted:
+        _check_dotted(tuner, found, Config(main | differing))
     return main | lists | differing
+
+
+def _check_dotted(tuner: Tuner, found: Sequence[tuple[Method, Part]], config: Config) -> None:
+    """The key of a layer there is about others too whose paths end in it."""
+    for method, part in found:
+        for name, value in tuner.fields(method, part).items():
+            field = tuner.patterns.get(name, "")
+            patterns = config.get(field, {})
+            if (
+                by_path(Config({field: dict(sorted(patterns.items()))}), field, part.path, config.get(name), True)
+                != value
+            ):
+                raise RewriteError(f"PEFT has no {field} that says {value} at {part.path} and nothing else")
 
 
 def _trained(model: nn.Module, trained: Sequence[Graft], modules: Iterable[str], tuner: Tuner) -> dict[str, Any]:
@@ -144,7 +162,9 @@ def _trained(model: nn.Module, trained: Sequence[Graft], modules: Iterable[str],
         tensors.setdefault(graft.path, set()).update(graft.slots)
     whole, biased = [], set[str]()
     for path, names in tensors.items():
-        if names == {name for name, _ in model.get_submodule(path).named_parameters(recurse=False)}:
+        module = model.get_submodule(path)
+        own = {name for name, _ in module.named_parameters(recurse=False)}
+        if names == own and not is_parametrized(module):
             whole.append(path)
         elif names == {"bias"}:
             biased.add(path)
@@ -194,6 +214,8 @@ def _selecting(model: nn.Module, wanted: Iterable[str]) -> list[str] | str:
 
 def _tensors(model: nn.Module, made: Sequence[Made], grafts: Sequence[Graft]) -> dict[str, Tensor]:
     dtype = next((slot.dtype for graft, *_ in made for slot in graft.slots.values()), None)
+    if dtype is None and made:  # nothing is trained: the zeros are of the base's
+        dtype = made[0][-1].module.get_parameter("weight").dtype
     found: dict[str, Tensor] = {name: torch.zeros(shape, dtype=dtype) for name, shape in zeros_of(made).items()}
     for graft, method, tuner, part in made:
         values = {name: value.detach() for name, value in tensors_of(model, graft).items()}

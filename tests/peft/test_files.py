@@ -86,7 +86,10 @@ UNSAVABLE = [
     ("mlp", "lora(dropout=0.1)@'lin0' + lora@'lin1'", "one lora_dropout in a folder"),
     ("mlp", "lora@'lin0' + bitfit@'lin1'", "all biases, or those of the adapted layers"),
     ("grouped conv2", "lora@'conv'", "with groups"),
+    ("mlp", "hira(r=2)@'lin0' + hira(r=4)@'lin1'", "one r in a folder"),
+    ("nested", "fourierft(n=8)@'2.0' + fourierft(n=9)@'0'", "no n_frequency_pattern that says 8 at 2.0"),
     ("mha", "lora@'mha.out_proj'", "all of nn.MultiheadAttention"),
+    ("mha", "lora(r=4)@'mha.in_proj_weight' + lora(r=2)@'mha.out_proj'", "one rank"),
     ("mlp", "lora_xs(r=4)@'lin0'", "PEFT has no file for"),
     ("mlp", "bitfit@linear,norm", "beside an adapter only"),
 ]
@@ -105,6 +108,7 @@ SAVED = [
     ("llama", "lora(r=4, init=pissa)@attn"),
     ("llama", "dora(r=4)@attn.q + nf4(attn.q)"),
     ("mha", "lora(r=4)@'mha'"),
+    ("mha", "lora(r=4, alpha=12)@'mha.in_proj_weight' + lora(r=4, alpha=2)@'mha.out_proj'"),
     ("qwen3_moe", "lora(r=4)@'*.experts'"),
     ("words", "lora(r=4)@linear,'emb'"),
     ("mlp", "norm(norm) + full('head')"),
@@ -172,6 +176,26 @@ def test_peft_adds_the_update_of_an_attention_output_twice(tmp_path: Path):
     merged = dict(theirs.merge_and_unload().named_parameters())
     for name, parameter in rewrite.merge(ours).named_parameters():
         assert_close(parameter.detach(), merged[name].detach(), 1e-9, name)
+
+
+def test_the_bias_of_an_adapted_attention_is_that_of_its_output(tmp_path: Path):
+    theirs = adapted("mha", lora(target_modules=["mha", "lin0"], bias="lora_only"), DOUBLE)
+    ours = loaded(theirs, "mha", DOUBLE, tmp_path / "theirs").eval()
+    for model in (ours, theirs):
+        logits, loss = run(model, batch("mha", DOUBLE))
+        loss.backward()
+    assert_close(run(ours, batch("mha", DOUBLE))[0], logits, 1e-9)
+    expected = gradients_of_peft(theirs)
+    mine = dict(named_parameters(ours))
+    assert sorted(mine) == sorted(expected)
+    name = "base_model.model.mha.base_layer.out_proj.base_layer.bias"
+    assert mine[name].grad is not None
+    assert_close(mine[name].grad, expected[name], 1e-9)
+    rewrite.save_peft(ours, tmp_path / "ours")
+    with quiet():
+        again = peft.PeftModel.from_pretrained(build("mha", DOUBLE), str(tmp_path / "ours")).eval()
+    assert_close(run(again, batch("mha", DOUBLE))[0], logits, 1e-9)
+    assert again.peft_config["default"].bias == "lora_only"
 
 
 def test_peft_passes_a_wrong_gradient_through_c3a(tmp_path: Path):

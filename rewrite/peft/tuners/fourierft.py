@@ -12,6 +12,8 @@ class FourierftTuner(Tuner):
     methods = ("fourierft",)
     transposed = True
     arguments = table({"n": ("n_frequency", 1000), "scale": ("scaling", 150.0), "seed": ("random_loc_seed", 777)})
+    patterns = table({"n_frequency": "n_frequency_pattern"})
+    dotted = True
     starts = frozenset({"init_weights", "fan_in_fan_out"})
     bias_only = "fourier_only"
     tensors = table({"c": "fourierft_spectrum"})

@@ -17,7 +17,7 @@ class HiraTuner(Tuner):
     kinds = frozenset({"linear", "embedding", "conv1d", "conv2d", "conv3d"})
     transposed = True
     arguments = table({"r": ("r", 32), "dropout": ("hira_dropout", 0.0)})
-    patterns = table({"r": "rank_pattern"})
+    extra = frozenset({"rank_pattern"})  # PEFT 0.21 takes r all the same; a file that followed it does not fit
     starts = frozenset({"init_weights", "fan_in_fan_out"})
 
     def call(self, config: Config, target: Target | None, kind: Kind) -> Call:

@@ -10,7 +10,7 @@ import torch
 from rewrite.methods.lora import Lora
 from rewrite.peft.config import Config
 from rewrite.peft.targets import Target, by_path
-from rewrite.peft.tuner import Call, Key, Kind, Part, Tensor, Tuner, number, reordered, shaped, table
+from rewrite.peft.tuner import Call, Key, Kind, Part, Tensor, Tuner, method_of, number, reordered, shaped, table
 
 _RESIDUAL = {"pissa": "pissa", "olora": "olora"}  # PEFT takes what they start at off the base, again at every load
 _PLAIN = (True, False, "gaussian", "eva", "orthogonal", "true", "false")  # those leave the base as it is
@@ -142,6 +142,9 @@ class LoraTuner(Tuner):
             return f"PEFT has no bias on B at {part.kind}"
         if part.kind in ("attention", "attention.out", "parameter") and method.name == "dora":
             return f"PEFT has no DoRA at {part.kind}"
+        inside = _of_attention(part) if part.kind == "attention.out" else None
+        if inside is not None and (inside.r, inside.init.residual) != (method.r, method.init.residual):
+            return "PEFT has one rank and one kind of start for an attention"
         return None
 
     def fields(self, method: Lora, part: Part) -> dict[str, Any]:
@@ -160,8 +163,8 @@ class LoraTuner(Tuner):
 
     def converted(self, method: Lora, part: Part, values: dict[str, Tensor]) -> dict[str, Tensor]:
         found, scaled = super().converted(method, part, values), dict(values)
-        if part.kind == "attention.out":  # the other half, PEFT adds
-            scaled["B"] = values["B"] / 2
+        if part.kind == "attention.out":  # PEFT scales it as the projection of its input, and adds it twice
+            scaled["B"] = values["B"] * (method.s / (2 * (_of_attention(part) or method).s))
             found = super().converted(method, part, scaled)
         if not method.init.residual:
             return found
@@ -171,6 +174,15 @@ class LoraTuner(Tuner):
             if name.endswith(("lora_A.weight", "lora_B.weight")):
                 found[name] = torch.cat([found[name], start[name]], int(name.endswith("lora_B.weight")))
         return found
+
+
+def _of_attention(part: Part) -> Lora | None:
+    """The method on the fused projection of the attention that owns an `out_proj`."""
+    owner = part.path.removesuffix(".out_proj")
+    found = (g for g in part.grafts if g.path == owner and g.tensor == "in_proj_weight" and g.slots)
+    graft = next(found, None)
+    method = None if graft is None else method_of(graft)
+    return method if isinstance(method, Lora) else None
 
 
 def _transposed(target: Target | None) -> bool:
