@@ -164,6 +164,11 @@ def _positional(cls: type) -> bool:
     return bool(getattr(cls, "positional_sites", False))
 
 
+def _whole(cls: type) -> bool:
+    """Whether a method is about the whole model: there is no kind of site that it takes."""
+    return not getattr(cls, "kinds", True)
+
+
 class _Binder:
     """Binds the clauses of one source text."""
 
@@ -181,6 +186,9 @@ class _Binder:
             raise self.error(call.name_span, f"unknown method '{brief(call.name)}'", hint)
         cls = self.methods[call.name]
         method = self.instance(cls, call)
+        if _whole(cls):
+            self.no_sites(clause)
+            return Bound(method, clause)
         if clause.sites is None:
             return Bound(method, self.placed(clause, cls))
         return Bound(method, replace(clause, sites=self.aliases.expand(clause.sites)))
@@ -194,6 +202,16 @@ class _Binder:
             message = f"{clause.call.name} does not say where it goes"
             raise self.error(name, message, f"write {brief(fixed, 80)}")
         return replace(clause, sites=parse_sites(default).moved(name))
+
+    def no_sites(self, clause: Clause) -> None:
+        """A clause about the whole model has neither sites nor a name."""
+        name = clause.call.name
+        plain = str(replace(clause, sites=None, label=None))
+        if clause.sites is not None:
+            raise self.error(clause.sites.span, f"{name} is about the whole model, not about sites", f"write {plain}")
+        if clause.label is not None:
+            message = f"{name} is no adapter: it cannot be called '{brief(clause.label)}'"
+            raise self.error(clause.span, message, f"write {plain}")
 
     def instance(self, cls: type, call: Call) -> Any:
         """The dataclass with the call's arguments."""

@@ -26,7 +26,7 @@ from rewrite.structure.inputs import Inputs
 from rewrite.structure.program import of_program
 from rewrite.structure.roles import Structure, Use
 
-Kind = Literal["linear", "conv", "embedding", "norm", "expert", "tokens", "other"]
+Kind = Literal["linear", "conv", "embedding", "norm", "expert", "tokens", "block", "other"]
 
 
 @dataclass(frozen=True)

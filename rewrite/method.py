@@ -9,6 +9,7 @@ A method states its maths once, by overriding exactly one view:
 - `tokens(**theta)`          virtual tokens in front of a model's input; `past(**theta)` keys and values before it
 - `encode(W)` / `decode(...)` a storage format of the weight itself
 - nothing, with `trains`:     base tensors of the site are trained
+- nothing, with `policy`:     no site is changed: how the model is trained, what it keeps (`rewrite.regime`)
 
 `rewrite/lower.py` derives forward, merge, saving and cost from that view.  What a method does besides (`schedule`,
 `regulariser`, `calibrated`) is driven by `rewrite.step` and its siblings.  Nothing here touches a model.
@@ -98,6 +99,7 @@ class Method:
     default_sites: ClassVar[str | None] = None
     identity: ClassVar[bool] = True  # changes the function by nothing at step 0
     trains: ClassVar[bool | tuple[str, ...]] = False  # the base tensors of the site: all, or those of these names
+    policy: ClassVar[bool] = False  # places nothing: a clause about its sites, or without `kinds` about the whole model
     pointwise: ClassVar[bool] = False  # `output` or `input` scales and shifts every channel alone, so that it merges
     calibration: ClassVar[Literal["inputs", "gradients"] | None] = None  # what `calibrated` wants to see
     within_rank: ClassVar[bool] = False  # its argument r is at most the rank of the weight
@@ -117,6 +119,10 @@ class Method:
 
     def fits(self, site: Site) -> str | None:
         """Why this method cannot stand at a site, or None."""
+        return None
+
+    def beside(self, others: Sequence[Method]) -> str | None:
+        """Why a policy cannot hold for a spec with these other methods, or None."""
         return None
 
     def delta(self, **theta: Any) -> Form:
@@ -177,9 +183,9 @@ class Method:
         return None
 
     def view(self) -> str:
-        """The one view that this method states: delta, weight, output, input, tokens, past, storage or train."""
-        if self.trains:
-            return "train"
+        """The one view that this method states: one of `VIEWS` (`encode` is `storage`), train or policy."""
+        if self.trains or self.policy:
+            return "train" if self.trains else "policy"
         stated = [v for v in VIEWS if states(self, v)]
         if len(stated) != 1:
             raise TypeError(f"method {self.name} must state exactly one view, it states {stated or 'none'}")

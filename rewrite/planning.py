@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -41,6 +41,15 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class Policy:
+    """A clause that places nothing: how its sites, or without any the whole model, are trained or what they keep."""
+
+    method: Method
+    clause: Clause
+    sites: tuple[Site, ...] = ()
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a spec does to a model, before anything is done; prints as a table.
 
@@ -52,6 +61,7 @@ class Plan:
     placements: tuple[Placement, ...]
     notes: tuple[str, ...]
     parameters: int
+    policies: tuple[Policy, ...] = ()
 
     def __len__(self) -> int:
         return len(self.placements)
@@ -93,9 +103,14 @@ class Plan:
             (str(p.clause.call).removesuffix("()"), p.site.roles[0], p.site.name, p.site.place.shape, p.trainable)
             for p in self.placements
         )
-        return "\n".join([head, "", *placed, *(f"note: {n}" for n in self.notes)])
+        policies = [f"{p.clause}{_where(p)}" for p in self.policies]
+        return "\n".join([head, *policies, "", *placed, *(f"note: {n}" for n in self.notes)])
 
     __repr__ = __str__
+
+
+def _where(policy: Policy) -> str:
+    return f": {summarise([s.name for s in policy.sites])}" if policy.sites else ": the whole model"
 
 
 def placement_table(placed: Iterable[tuple[str, str, str, tuple[int, ...], int]]) -> list[str]:
@@ -140,6 +155,8 @@ def resolve(inventory: Inventory, text: str | Spec, parameters: int = 0) -> Plan
     if not inventory.places:
         raise resolver.error(bound[0].clause, f"{inventory.model} has no parameters: there is nothing to adapt")
     placements: list[Placement] = []
+    policies = [resolver.policy(b, bound) for b in bound if b.method.policy]
+    bound = tuple(b for b in bound if not b.method.policy)
     trained = [b for b in bound if b.method.trains]
     taken = {
         s.weight for b in trained for s in resolver.select(b.sites, b.method) if s.place.tensor in _trained(b.method, s)
@@ -147,7 +164,8 @@ def resolve(inventory: Inventory, text: str | Spec, parameters: int = 0) -> Plan
     for b in bound:
         placements += resolver.place(b, taken, placements)
     resolver.check_storage(placements)
-    return Plan(inventory.model, str(canonical_spec), tuple(placements), tuple(resolver.notes), parameters)
+    notes, made = tuple(resolver.notes), tuple(placements)
+    return Plan(inventory.model, str(canonical_spec), made, notes, parameters, tuple(policies))
 
 
 class _Resolver(Selection):
@@ -175,6 +193,17 @@ class _Resolver(Selection):
             placed.append(Placement(site, method, clause, name))
         self.note_tied(clause)
         return placed
+
+    def policy(self, bound: Bound, every: Sequence[Bound]) -> Policy:
+        """A clause that places nothing, checked against its sites and the other clauses."""
+        clause, method = bound.clause, bound.method
+        sites = () if clause.sites is None else tuple(self.select(bound.sites, method))
+        for site in sites:
+            if (reason := method.fits(site)) is not None:
+                raise self.error(clause, f"{method.name} does not fit {site.name}: {reason}")
+        if (reason := method.beside([b.method for b in every if b is not bound])) is not None:
+            raise self.error(clause, f"{method.name} cannot stand here: {reason}")
+        return Policy(method, clause, sites)
 
     def whole(self, clause: Clause, method: Method, chosen: list[Site]) -> list[Site]:
         """The chosen sites with all parts of a fused weight as that weight, for methods that take nothing less."""

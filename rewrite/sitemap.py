@@ -72,4 +72,4 @@ def site_map(inventory: Inventory, text: str = "", parameters: int = 0) -> SiteM
     """The sites of a model that `text` selects, as it would after an `@`; raises `SpecError` or `ResolveError`."""
     selection = Selection(inventory, text)
     chosen = selection.select(parse_sites(text)) if text else selection.sites
-    return SiteMap(inventory.model, text, (), tuple(selection.notes), parameters, tuple(chosen))
+    return SiteMap(inventory.model, text, (), tuple(selection.notes), parameters, chosen=tuple(chosen))

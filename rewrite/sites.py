@@ -116,6 +116,7 @@ def find(inventory: Inventory) -> Sites:
     """The sites of a model."""
     finder = _Finder(inventory)
     found = [site for place in inventory.places for site in finder.sites(place)]
+    found += finder.repeated()
     return Sites(found, finder.notes())
 
 
@@ -181,6 +182,16 @@ class _Finder:
             # As the head applies it, so that both its readers take the same update.
             both = replace(place, kind="linear", map=LINEAR, shape=place.stored, called=False)
             yield Site(both, ("tied",), None, stack, layer, shared=True)
+
+    def repeated(self) -> Iterator[Site]:
+        """A site for every block, which has no weight of its own: what is in it are sites too."""
+        inside: dict[str, Place] = {}
+        for place in self.inventory.places:
+            inside.setdefault(self.block(place.path), place)
+        for path, (stack, layer) in self.stacks.items():
+            words = ("blocks", "block")
+            place = Place(path, "", "block", (), inside[path].dtype, ())
+            yield Site(place, (*words, *_in_stack(words, path, stack)), None, stack, layer)
 
     def roles(self, place: Place) -> Iterator[Found]:
         """(roles, rows) of each site at a place."""

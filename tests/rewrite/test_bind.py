@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -326,3 +327,25 @@ def test_arguments_describe_the_fields() -> None:
         "start": "one of zero, svd",
     }
     assert not any(argument.required for argument in table.values())
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A policy about the whole model."""
+
+    eps: float = 1e-3
+    kinds: ClassVar[frozenset[str]] = frozenset()
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "fix"),
+    [
+        ("whole(eps=0.5)@attn", "whole is about the whole model, not about sites", "write whole(eps=0.5)"),
+        ("x: whole", "whole is no adapter: it cannot be called 'x'", "write whole"),
+    ],
+)
+def test_a_clause_about_the_whole_model_has_no_sites(text: str, message: str, fix: str):
+    assert bind(parse("whole(eps=0.5)"), {"whole": Whole})[0].clause.sites is None
+    with pytest.raises(SpecError, match=re.escape(message)) as error:
+        bind(parse(text), {"whole": Whole})
+    assert fix in str(error.value)
