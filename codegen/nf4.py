@@ -88,8 +88,9 @@ def quantize(weight: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor]:
     codes = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=device)
     absmax = torch.empty(-(-numel // blocksize), dtype=torch.float32, device=device)
     thresholds = torch.tensor(THRESHOLDS, dtype=torch.float32, device=device)
-    for start in range(0, numel, _CHUNK):
-        stop = min(start + _CHUNK, numel)
+    chunk = _CHUNK if _holds_data(flat) else max(numel, 1)  # shapes alone take no memory
+    for start in range(0, numel, chunk):
+        stop = min(start + chunk, numel)
         scaled, absmax_chunk = _scale_blocks(flat[start:stop].float(), blocksize)
         nibbles = torch.bucketize(scaled, thresholds, out_int32=True).to(torch.uint8)
         absmax[start // blocksize : -(-stop // blocksize)] = absmax_chunk

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 import rewrite.codegen.weights  # noqa: F401  (defines rewrite::low_rank_weight)
 from rewrite.codegen.storage import layout as parse_layout
+from rewrite.codegen.workspace import register_workspace
 from rewrite.errors import RewriteError
 
 Tensor = torch.Tensor
@@ -192,3 +193,18 @@ def _input_gradient_flops(dy, weight, layout, *, out_shape=None, **_) -> int:
     for size in dy[:-1]:
         tokens *= size
     return 2 * tokens * dy[-1] * (out_shape[-1] if out_shape else 0)
+
+
+@register_workspace(torch.ops.rewrite.adapted_linear_core)
+def _core_workspace(x, weight, layout, *_: object) -> int:
+    return _decoded(weight, layout, x.dtype)
+
+
+@register_workspace(torch.ops.rewrite.linear_input_gradient)
+def _input_gradient_workspace(dy, weight, layout) -> int:
+    return _decoded(weight, layout, dy.dtype)
+
+
+def _decoded(weight: Sequence[Tensor], layout: str, dtype: torch.dtype) -> int:
+    """Bytes of a stored weight while it is decoded for a product."""
+    return 0 if layout == "dense" else torch.Size(parse_layout(layout).shape).numel() * dtype.itemsize

@@ -63,10 +63,19 @@ def saved_for_backward(forward: fx.GraphModule, outputs: int) -> list[Saved]:
         value = owner.meta.get("val")
         value = value if isinstance(value, torch.Tensor) else node.meta["val"]
         shape = tuple(hint(s) for s in value.shape)
-        count = torch.Size(shape).numel() * value.dtype.itemsize
         dtype = str(value.dtype).removeprefix("torch.")
-        kept[owner] = Saved(owner.name, shape, dtype, count, module_path(owner))
+        kept[owner] = Saved(owner.name, shape, dtype, _bytes(value), module_path(owner))
     return list(kept.values())
+
+
+def bytes_of(node: fx.Node) -> int:
+    """Bytes of the tensor that a node returns; 0 for a node that returns none, or several."""
+    value = node.meta.get("val")
+    return _bytes(value) if isinstance(value, torch.Tensor) else 0
+
+
+def _bytes(value: torch.Tensor) -> int:
+    return torch.Size([hint(s) for s in value.shape]).numel() * value.dtype.itemsize
 
 
 def module_path(node: fx.Node) -> str:
@@ -91,13 +100,13 @@ def flops(graph: fx.Graph) -> int:
         formula = flop_registry.get(packet)
         if node.op != "call_function" or formula is None:
             continue
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _sized(n.meta.get("val")))
-        total += int(formula(*args, **kwargs, out_val=_sized(node.meta.get("val"))))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: sized(n.meta.get("val")))
+        total += int(formula(*args, **kwargs, out_val=sized(node.meta.get("val"))))
     return total
 
 
-def _sized(value: Any) -> Any:
-    # The formulas read shapes only; an empty tensor of hinted sizes costs nothing on the meta device.
+def sized(value: Any) -> Any:
+    """A value for a formula that reads shapes and dtypes alone: a tensor of hinted sizes on the meta device."""
     if isinstance(value, torch.Tensor):
         return torch.empty([hint(s) for s in value.shape], dtype=value.dtype, device="meta")
     return hint(value) if isinstance(value, torch.SymInt) else value

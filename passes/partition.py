@@ -1,4 +1,8 @@
-"""The partitioner: pins what is static, cuts the joint graph by min-cut, and counts what the cut keeps."""
+"""The partitioner: pins what is static, cuts the joint graph by min-cut, and counts what the cut keeps.
+
+A thorough one also counts what PyTorch's default partition would keep, which is what an eager step keeps, and plays
+the schedule of both halves for the memory that they take.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,19 @@ from dataclasses import asdict
 from typing import Any
 
 from torch import fx
-from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
 
 from rewrite.passes import counting, pin_static
+from rewrite.passes.peak import peaks
 from rewrite.passes.record import GraphRecord
 
 
 class Partitioner(CustomPartitionerFn):
     """`pin_static`, then PyTorch's min-cut partition; fills `record.counts` with what it found."""
 
-    def __init__(self, record: GraphRecord) -> None:
-        self.record = record
+    def __init__(self, record: GraphRecord, thorough: bool = False) -> None:
+        self.record, self.thorough = record, thorough
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -30,19 +35,31 @@ class Partitioner(CustomPartitionerFn):
         done = pin_static.pin_static(gm.graph, frozen, trained)
         done.seconds = time.perf_counter() - begin
         self.record.passes.append(done)
+        plain = self._default(gm, joint_inputs, **kwargs) if self.thorough else {}
         kwargs.setdefault("compiler", "inductor")
         forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
-        self._count(gm, forward, backward, int(kwargs["num_fwd_outputs"]))
+        self.record.counts = self._counts(forward, backward, int(kwargs["num_fwd_outputs"])) | plain
         return forward, backward
 
-    def _count(self, joint: fx.GraphModule, forward: fx.GraphModule, backward: fx.GraphModule, outputs: int) -> None:
+    def _counts(self, forward: fx.GraphModule, backward: fx.GraphModule, outputs: int) -> dict[str, Any]:
         saved = counting.saved_for_backward(forward, outputs)
-        self.record.counts = {
+        counts = {
             "saved": [asdict(s) for s in saved],
             "saved_bytes": sum(s.bytes for s in saved),
             "forward_flops": counting.flops(forward.graph),
             "backward_flops": counting.flops(backward.graph),
         }
+        return counts | {"peaks": peaks(forward, backward, outputs)} if self.thorough else counts
+
+    def _default(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> dict[str, Any]:
+        """What PyTorch's default partition of the same joint graph keeps: everything that eager autograd does."""
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(gm.graph, {}))
+        outputs, known = int(kwargs["num_fwd_outputs"]), ("num_fwd_outputs", "static_lifetime_input_indices")
+        found = {name: kwargs[name] for name in known if name in kwargs}
+        forward, _ = default_partition(fx.GraphModule(gm, graph), joint_inputs, **found)
+        saved = counting.saved_for_backward(forward, outputs)
+        return {"default_saved": [asdict(s) for s in saved]}
 
     def uuid(self) -> Any:
         """Identifies this partitioner in Inductor's caches: the files that decide what it does."""

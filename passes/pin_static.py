@@ -17,7 +17,8 @@ from rewrite.passes.counting import is_view, module_path
 from rewrite.passes.record import Edit, PassRecord
 
 aten = torch.ops.aten
-_MOVES = {aten._to_copy.default, aten.cat.default, aten.clone.default, aten.contiguous.default}
+_CASTS = {aten._to_copy.default, torch.ops.prims.convert_element_type.default}
+_MOVES = _CASTS | {aten.cat.default, aten.clone.default, aten.contiguous.default}
 _SOURCE = "passes/pin_static.py"
 _EQUATION = "save(f(frozen weights))  ->  recompute f(frozen weights) in the backward"
 

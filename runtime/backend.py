@@ -40,14 +40,21 @@ def rewrite_backend(
     engine = check_backend(settings.pop("backend", "inductor"))
     record = GraphRecord(title=f"graph_{next(_numbers)}", training=torch.is_grad_enabled())
     tensors = list(capture.adapter_tensors(gm))
-    if capture.has_adapters(gm):
-        record.inputs = inputs_of(gm)
-        gm = capture.copy_graph(gm)
-        pipeline.run(gm, record)
+    gm = lowered(gm, record)
     compiled = _engine(engine, gm, example_inputs, record, mode, settings)
     if record.passes:  # not before it is compiled: a graph that Dynamo gives up to start over never runs
         captures.remember(record, tensors)
     return compiled
+
+
+def lowered(gm: fx.GraphModule, record: GraphRecord) -> fx.GraphModule:
+    """A captured graph after our pipeline; one without adapters comes back as it is."""
+    if not capture.has_adapters(gm):
+        return gm
+    record.inputs = inputs_of(gm)
+    gm = capture.copy_graph(gm)
+    pipeline.run(gm, record)
+    return gm
 
 
 def _engine(

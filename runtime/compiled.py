@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,13 +24,21 @@ class CompiledCall(CompiledCallBase):
 
     def __init__(self, model: nn.Module, backend: str, dynamic: bool | None) -> None:
         self.model = model
-        # A code object of its own: Dynamo counts recompiles, and looks up graphs, per code object.
-        entry = types.FunctionType(_call.__code__.replace(co_name=f"call_{type(model).__name__}"), globals())
-        self.call = torch.compile(entry, backend=rewrite_backend, dynamic=dynamic, options={"backend": backend})
+        self.call = torch.compile(
+            entry_of(model), backend=rewrite_backend, dynamic=dynamic, options={"backend": backend}
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(_settings()), require(self.model).calls.counting():
+        with torch._dynamo.config.patch(settings()), require(self.model).calls.counting():
             return self.call(self.model, *args, **kwargs)
+
+
+def entry_of(model: nn.Module) -> Callable[..., Any]:
+    """`(model, *args, **kwargs) -> model(...)` for `torch.compile`, with a code object of its own.
+
+    Dynamo counts recompiles, and looks up graphs, per code object.
+    """
+    return types.FunctionType(_call.__code__.replace(co_name=f"call_{type(model).__name__}"), globals())
 
 
 def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -38,7 +47,7 @@ def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return module._call_impl(*args, **kwargs)
 
 
-def _settings() -> dict[str, Any]:
+def settings() -> dict[str, Any]:
     """Dynamo's settings for our calls: logging in a forward does not break graphs; more recompiles."""
     config = torch._dynamo.config
     once = {fn} if (fn := getattr(logging.Logger, "warning_once", None)) else set()
