@@ -19,7 +19,6 @@ from rewrite.parser import parse_sites
 from rewrite.planning import Plan
 from rewrite.runtime import attach as attaching
 from rewrite.runtime import checkpoint, compiled, export
-from rewrite.runtime.adapter import ADAPTERS
 from rewrite.runtime.graft import Graft
 from rewrite.sitemap import SiteMap, site_map
 from rewrite.spec import Spec, known_role
@@ -99,6 +98,7 @@ def _attach(model: nn.Module, planned: Plan, values: dict[str, Any] | None = Non
     return attaching.attach(
         model,
         lower.grafts(planned),
+        policies=lower.regimes(planned),
         spec=planned.spec,
         sites=planned.rows(),
         notes=planned.notes,
@@ -192,6 +192,5 @@ def _expected(grafts: list[Graft]) -> dict[str, tuple[int, ...]]:
             if wanted.shared in shared:
                 continue
             shared |= {wanted.shared} - {""}
-            inner = slot if graft.where == "train" else f"{ADAPTERS}.{graft.name}.{slot}"
-            found[f"{graft.path}.{inner}" if graft.path else inner] = wanted.held
+            found[graft.key(slot)] = wanted.held
     return found

@@ -19,6 +19,8 @@ from rewrite.codegen.maps import Matmul
 from rewrite.functions import Here
 from rewrite.method import Method, Param, asks_shape, states
 from rewrite.planning import Placement, Plan
+from rewrite.regime import Regime
+from rewrite.runtime import graft as runtime
 from rewrite.runtime.graft import Behaviour, Graft, Slot
 from rewrite.sites import Site
 
@@ -30,12 +32,33 @@ TOKENS_AT_HAND = 2048
 def grafts(plan: Plan) -> list[Graft]:
     """The grafts of a plan, in its order."""
     changed = Counter(p.site.weight for p in plan.placements if p.method.view() in ("weight", "delta"))
-    made = [lower(placed, alone=changed[placed.site.weight] < 2) for placed in plan.placements]
+    measured = any(isinstance(p.method, Regime) and p.method.measures for p in plan.policies)
+    made = [lower(placed, changed[placed.site.weight] < 2, measured) for placed in plan.placements]
     return _shared(made)
 
 
-def lower(placed: Placement, alone: bool = True) -> Graft:
-    """One placement as a graft; `alone` says that no other method changes the same weight."""
+def regimes(plan: Plan) -> list[runtime.Regime]:
+    """How a plan trains what it trains."""
+    found = []
+    for policy in plan.policies:
+        if isinstance(method := policy.method, Regime):
+            found.append(
+                runtime.Regime(
+                    str(policy.clause),
+                    method.choose if states(method, "choose", Regime) else None,
+                    method.choices(len(policy.sites)),
+                    tuple(site.path for site in policy.sites),
+                    method.gradient,
+                    getattr(method, "eps", 0.0),
+                    getattr(method, "q", 1),
+                )
+            )
+    return found
+
+
+def lower(placed: Placement, alone: bool = True, measured: bool = False) -> Graft:
+    """One placement as a graft; `alone` says that no other method changes the same weight, `measured` that something
+    asks what its adapters are worth."""
     site, method = placed.site, placed.method
     params, view, clause = method.params(site), method.view(), str(placed.clause)
     common: dict[str, Any] = {
@@ -56,10 +79,12 @@ def lower(placed: Placement, alone: bool = True) -> Graft:
         return Graft(where="train", slots=slots, **common)
     if site.entry is not None:  # a graft of the model, which knows its embedding by name
         common |= {"path": "", "tensor": site.place.parameter}
-    here = Here(method, tuple(params), site.rows, site.place.map, bool(placed.clause.label))
+    gated = bool(placed.clause.label) or (measured and view not in ("tokens", "past"))
+    here = Here(method, tuple(params), site.rows, site.place.map, gated)
     if asks_shape(type(method)):
         here = replace(here, shape=(site.out_features, site.in_features))
     return Graft(
+        gated=gated,
         slots=_slots(params, site.dtype, clause),
         initialise=functools.partial(_initialise, method, params),
         merged=functions.merged(here),

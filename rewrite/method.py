@@ -121,8 +121,8 @@ class Method:
         """Why this method cannot stand at a site, or None."""
         return None
 
-    def beside(self, others: Sequence[Method]) -> str | None:
-        """Why a policy cannot hold for a spec with these other methods, or None."""
+    def beside(self, others: Sequence[Method], sites: Sequence[Site]) -> str | None:
+        """Why a policy cannot hold for these sites in a spec with these other methods, or None."""
         return None
 
     def delta(self, **theta: Any) -> Form:
@@ -195,9 +195,9 @@ class Method:
 VIEWS = ("delta", "weight", "output", "input", "tokens", "past", "encode")
 
 
-def states(method: Method, name: str) -> bool:
-    """Whether a method overrides what the base class has under a name."""
-    return getattr(type(method), name) is not getattr(Method, name)
+def states(method: Method, name: str, base: type[Method] = Method) -> bool:
+    """Whether a method overrides what a base class has under a name."""
+    return getattr(type(method), name) is not getattr(base, name)
 
 
 def refusal(method: Method, site: Site) -> str | None:

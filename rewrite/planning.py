@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from rewrite.bind import Bound, bind, canonical
@@ -12,9 +12,10 @@ from rewrite.method import Method, refusal
 from rewrite.methods import registry
 from rewrite.parser import parse as parse_text
 from rewrite.passes.record import summarise
+from rewrite.regime import Regime
 from rewrite.selection import Selection
 from rewrite.sites import Site
-from rewrite.spec import Clause, Spec
+from rewrite.spec import Call, Clause, Spec
 from rewrite.table import table
 
 
@@ -163,6 +164,7 @@ def resolve(inventory: Inventory, text: str | Spec, parameters: int = 0) -> Plan
     }
     for b in bound:
         placements += resolver.place(b, taken, placements)
+    placements += resolver.all(policies, placements)
     resolver.check_storage(placements)
     notes, made = tuple(resolver.notes), tuple(placements)
     return Plan(inventory.model, str(canonical_spec), made, notes, parameters, tuple(policies))
@@ -171,12 +173,28 @@ def resolve(inventory: Inventory, text: str | Spec, parameters: int = 0) -> Plan
 class _Resolver(Selection):
     """Places the clauses of one spec."""
 
-    def place(self, bound: Bound, trained: set[str], before: list[Placement]) -> list[Placement]:
-        """The placements of one clause, checked against the method and the clauses before it."""
+    def all(self, policies: Sequence[Policy], before: list[Placement]) -> list[Placement]:
+        """The whole model as what trains, where a clause says how and no other says what: but for what is stored, and
+        for blocks that the clause does not name."""
+        how = [p for p in policies if isinstance(p.method, Regime)]
+        if not how or any(p.method.view() != "storage" for p in before):
+            return []
+        full, stored = registry()["full"](), {p.site.weight for p in before}
+        blocks = [{(s.stack, s.layer) for s in p.sites} for p in how if p.sites]
+        sites = [s for s in self.sites if s.kind in full.kinds and s.rows is None and s.weight not in stored]
+        sites = [s for s in sites if s.stack is None or all((s.stack, s.layer) in chosen for chosen in blocks)]
+        clause = replace(how[0].clause, call=Call(full.name), sites=None)
+        if stored:
+            self.notes.append(f"{how[0].method.name} trains all of the model but for the {len(stored)} stored weights")
+        return self.place(Bound(full, clause), set(), before, sites)
+
+    def place(
+        self, bound: Bound, trained: set[str], before: list[Placement], chosen: list[Site] | None = None
+    ) -> list[Placement]:
+        """The placements of one clause at its sites, or at those `chosen`, checked against the clauses before it."""
         clause, method = bound.clause, bound.method
-        chosen = self.select(bound.sites, bound.method)
-        if any(t.text == "base" for t in bound.sites.leaves()) and not method.trains:
-            chosen = [s for s in chosen if s.weight not in trained]
+        if chosen is None:
+            chosen = self.named(bound, trained)
         if method.view() in ("train", "storage"):
             chosen = self.whole(clause, method, chosen)
         if method.trains:
@@ -194,6 +212,13 @@ class _Resolver(Selection):
         self.note_tied(clause)
         return placed
 
+    def named(self, bound: Bound, trained: set[str]) -> list[Site]:
+        """The sites that a clause selects: its `base` is what no other clause trains."""
+        chosen = self.select(bound.sites, bound.method)
+        if any(t.text == "base" for t in bound.sites.leaves()) and not bound.method.trains:
+            return [s for s in chosen if s.weight not in trained]
+        return chosen
+
     def policy(self, bound: Bound, every: Sequence[Bound]) -> Policy:
         """A clause that places nothing, checked against its sites and the other clauses."""
         clause, method = bound.clause, bound.method
@@ -201,7 +226,7 @@ class _Resolver(Selection):
         for site in sites:
             if (reason := method.fits(site)) is not None:
                 raise self.error(clause, f"{method.name} does not fit {site.name}: {reason}")
-        if (reason := method.beside([b.method for b in every if b is not bound])) is not None:
+        if (reason := method.beside([b.method for b in every if b is not bound], sites)) is not None:
             raise self.error(clause, f"{method.name} cannot stand here: {reason}")
         return Policy(method, clause, sites)
 

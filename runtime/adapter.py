@@ -8,10 +8,7 @@ import torch
 from torch import nn
 
 from rewrite.runtime import fallback
-from rewrite.runtime.graft import Graft, leading
-
-ADAPTERS = "adapters"
-"""Name of the child module of an adapted layer that holds its adapters: `q_proj.adapters.lora.A`."""
+from rewrite.runtime.graft import ADAPTERS, Graft, leading
 
 
 class Adapters(nn.ModuleDict):
@@ -39,7 +36,7 @@ class Adapter(nn.Module):
                 self.register_parameter(name, nn.Parameter(value))
             else:
                 self.register_buffer(name, value)
-        if graft.adapter:  # active until `rewrite.use` says otherwise
+        if graft.gated:  # active until `rewrite.use` says otherwise
             dtype = next((slot.dtype for slot in graft.slots.values()), torch.float32)
             self.register_buffer("gate", torch.ones((), dtype=dtype, device=device), persistent=False)
 
@@ -48,8 +45,8 @@ class Adapter(nn.Module):
         return {name: leading(getattr(self, name), slot) for name, slot in self.graft.slots.items()}
 
     def operands(self) -> tuple[torch.Tensor, ...]:
-        """What its op takes after the tensors of the module: its own, and its gate where it has a name."""
-        gate = (self.gate,) if self.graft.adapter else ()
+        """What its op takes after the tensors of the module: its own, and its gate where it has one."""
+        gate = (self.gate,) if self.graft.gated else ()
         return (*self.tensors().values(), *gate)  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
@@ -75,6 +72,16 @@ class Reparametrisation(Adapter):
 
     def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
         return weight
+
+
+def adapter_of(module: nn.Module, graft: Graft) -> Adapter:
+    """The adapter module that holds the tensors of a graft."""
+    held: Any
+    if graft.where in ("input", "output", "tokens", "past"):
+        held = module._modules[ADAPTERS]
+        return held[graft.name]
+    held = module._modules["parametrizations"]
+    return next(p for p in held[graft.tensor] if isinstance(p, Adapter) and p.graft is graft)
 
 
 class Stored(nn.Module):

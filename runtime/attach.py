@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from rewrite.errors import RewriteError
-from rewrite.runtime import captures, huggingface, prompts
+from rewrite.runtime import captures, huggingface, prompts, regimes
 from rewrite.runtime.adapter import (
     ADAPTERS,
     Adapter,
@@ -27,14 +27,16 @@ from rewrite.runtime.adapter import (
     Branch,
     Reparametrisation,
     Stored,
+    adapter_of,
     call_adapters,
     feed_adapters,
     keep_bits,
     load_dense,
 )
 from rewrite.runtime.fallback import Calls
-from rewrite.runtime.graft import Graft
+from rewrite.runtime.graft import Graft, Regime
 from rewrite.runtime.originals import Originals
+from rewrite.runtime.regimes import Handles
 
 _STATE = "_rewrite"
 Tensor = torch.Tensor
@@ -55,6 +57,9 @@ class Attachment:
     memory: dict[str, dict[Any, Any]] = field(default_factory=dict)  # of schedules, by clause
     backend: str | None = None  # None until compiled
     notes: tuple[str, ...] = ()
+    regimes: tuple[Regime, ...] = ()
+    resting: set[str] = field(default_factory=set)  # what trains but not now, by name
+    handles: Handles = field(default_factory=Handles)  # hooks of an optimizer on what trains
 
 
 def attachment(model: nn.Module) -> Attachment | None:
@@ -75,17 +80,18 @@ def attach(
     grafts: Sequence[Graft],
     *,
     spec: str,
+    policies: Sequence[Regime] = (),
     sites: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
     values: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Attach `grafts` to `model` in place and freeze everything else.
+    """Attach `grafts` to `model` in place and freeze everything else; `policies` say how what trains is trained.
 
     `values` (by name, as `adapter_state` gives them) replace the initialisers, for loading.
     """
     if attachment(model) is not None:
         raise RewriteError("this model is adapted already: rewrite.remove or rewrite.merge it first")
-    state = Attachment(spec, tuple(grafts), tuple(sites), notes=tuple(notes))
+    state = Attachment(spec, tuple(grafts), tuple(sites), notes=tuple(notes), regimes=tuple(policies))
     state.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     model.__dict__[_STATE] = state
     try:
@@ -95,6 +101,7 @@ def attach(
         made = {id(graft): _filled(model, graft, values, shared) for graft in ordered if graft.where in _ADAPTERS}
         for graft in sorted(grafts, key=lambda g: g.stage):
             _ATTACH[graft.where](model, graft, made.get(id(graft)), values, state)
+        regimes.start(model, state)
         huggingface.adopt(model)
     except BaseException:
         remove(model)
@@ -122,12 +129,11 @@ def _filled(
     adapter.train(module.training)
     if weight.device.type == "meta":
         return adapter
-    prefix = _key(graft.path, f"{ADAPTERS}.{graft.name}.")
     with torch.no_grad():
         if values is not None:
             for name, slot in graft.slots.items():
                 if not slot.shared or name in new:
-                    getattr(adapter, name).copy_(values[prefix + name])
+                    getattr(adapter, name).copy_(values[graft.key(name)])
             return adapter
         for name in new:
             if (fill := graft.slots[name].fill) is not None:
@@ -187,12 +193,11 @@ def _attach_train(model: nn.Module, graft: Graft, adapter, values, state: Attach
     module = model.get_submodule(graft.path)
     for name in graft.slots:
         parameter = module.get_parameter(name)
-        state.originals.keep(f"{graft.path}.{name}", parameter)
         parameter.requires_grad_(True)
-        key = _key(graft.path, name)
-        if values is not None and key in values:
+        if values is not None and graft.key(name) in values:
+            regimes.keep(state.originals, graft.key(name), parameter)
             with torch.no_grad():
-                parameter.copy_(values[key])
+                parameter.copy_(values[graft.key(name)])
 
 
 _ATTACH: dict[str, Callable[..., None]] = {
@@ -214,10 +219,6 @@ def original(module: nn.Module, tensor: str) -> nn.Parameter | None:
     return held[tensor]._parameters.get("original") if held is not None and tensor in held else None
 
 
-def _key(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
 def adapted_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module, list[Adapter]]]:
     """(path, module, adapters) of every module that holds adapters on its input or output."""
     for path, module in model.named_modules():
@@ -234,22 +235,12 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     for graft in state.grafts:
         module = model.get_submodule(graft.path)
         if graft.where == "train":
-            found |= {_key(graft.path, name): module.get_parameter(name) for name in graft.slots}
+            found |= {graft.key(name): module.get_parameter(name) for name in graft.slots}
         elif graft.where != "storage":
-            adapter, prefix = adapter_of(module, graft), _key(graft.path, f"{ADAPTERS}.{graft.name}.")
-            found |= {prefix + name: getattr(adapter, name) for name in graft.slots}
+            adapter = adapter_of(module, graft)
+            found |= {graft.key(name): getattr(adapter, name) for name in graft.slots}
     first = {id(value): name for name, value in reversed(found.items())}  # a shared tensor goes by its first name
     return {name: value.detach() for name, value in found.items() if first[id(value)] == name}
-
-
-def adapter_of(module: nn.Module, graft: Graft) -> Adapter:
-    """The adapter module that holds the tensors of a graft."""
-    held: Any
-    if graft.where in ("input", "output", "tokens", "past"):
-        held = module._modules[ADAPTERS]
-        return held[graft.name]
-    held = module._modules["parametrizations"]
-    return next(p for p in held[graft.tensor] if isinstance(p, Adapter) and p.graft is graft)
 
 
 def remove(model: nn.Module) -> nn.Module:
@@ -273,7 +264,7 @@ def _restore(module: nn.Module, path: str, graft: Graft, state: Attachment) -> N
             value = nn.Parameter(state.originals.restore(key).to(now.device, now.dtype), requires_grad=False)
         put_back(module, graft.tensor, value, state.order[path])
     for name in graft.slots if graft.where == "train" else ():
-        if (key := f"{graft.path}.{name}") in state.originals:
+        if (key := graft.key(name)) in state.originals:
             with torch.no_grad():
                 module.get_parameter(name).copy_(state.originals.restore(key))
 
@@ -295,6 +286,7 @@ def strip(model: nn.Module) -> nn.Module:
     """Remove adapters, hooks and marks without touching base tensors; restores `requires_grad`."""
     state = require(model)
     captures.forget(model)
+    state.handles.release()
     for _, module, _ in list(adapted_modules(model)):
         delattr(module, ADAPTERS)
         for key in [k for k, hook in module._forward_hooks.items() if hook in (call_adapters, prompts.forget)]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,11 @@ from torch import nn
 
 from rewrite.runtime.attach import CompiledCallBase, require
 from rewrite.runtime.backend import check_backend, rewrite_backend
+from rewrite.runtime.graft import Regime
 
 _RECOMPILES = 64  # a normal session uses the default of 8: two lengths, two batch sizes, eval, switches
 _DEFAULT_RECOMPILES = 8
+_MOST = 1024  # graphs for the choices of regimes
 _LOGGING = {getattr(logging.Logger, name) for name in ("warning", "info", "debug")}
 
 
@@ -29,7 +31,8 @@ class CompiledCall(CompiledCallBase):
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(settings()), require(self.model).calls.counting():
+        state = require(self.model)
+        with torch._dynamo.config.patch(settings(state.regimes)), state.calls.counting():
             return self.call(self.model, *args, **kwargs)
 
 
@@ -47,8 +50,11 @@ def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return module._call_impl(*args, **kwargs)
 
 
-def settings() -> dict[str, Any]:
-    """Dynamo's settings for our calls: logging in a forward does not break graphs; more recompiles."""
+def settings(regimes: Sequence[Regime] = ()) -> dict[str, Any]:
+    """Dynamo's settings for our calls: logging in a forward does not break graphs; more recompiles.
+
+    What is at work decides the graph: one for training and one for evaluation, for each choice.
+    """
     config = torch._dynamo.config
     once = {fn} if (fn := getattr(logging.Logger, "warning_once", None)) else set()
     found: dict[str, Any] = {
@@ -57,7 +63,9 @@ def settings() -> dict[str, Any]:
         "specialize_float": True,
     }
     if config.recompile_limit == _DEFAULT_RECOMPILES:  # a limit that the user chose stays
-        found["recompile_limit"] = _RECOMPILES
+        chosen = min(sum(2 * (regime.choices or 1) for regime in regimes), _MOST)
+        found["recompile_limit"] = _RECOMPILES + chosen
+        found["accumulated_recompile_limit"] = max(config.accumulated_recompile_limit, _RECOMPILES + chosen)
     return found
 
 

@@ -102,7 +102,7 @@ class _Editor:
             nodes[name] = known or self.parameter(prefix + name, start[name], slot.trainable)
             if slot.shared:
                 self.shared[slot.shared] = nodes[name]
-        gate = [self.parameter(prefix + "gate", torch.ones(()), False)] if graft.adapter else []
+        gate = [self.parameter(prefix + "gate", torch.ones(()), False)] if graft.gated else []
         return [*(nodes[name] for name in graft.slots), *gate]
 
     def target(self, node: fx.Node) -> str:
@@ -212,7 +212,7 @@ def _operation(graft: Graft) -> Callable[..., Any]:
     """What a graft computes from the tensors that are held, of which a shared one may be larger than its own part."""
     op = typed_op(graft.op)
     assert op is not None
-    slots, after = list(graft.slots.values()), 1 if graft.adapter else 0
+    slots, after = list(graft.slots.values()), 1 if graft.gated else 0
 
     def call(*args: Any, **kwargs: Any) -> Any:
         first = len(args) - len(slots) - after

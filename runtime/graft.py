@@ -6,7 +6,7 @@ tensors.  Specs, methods and sites stay above; a graft carries closures that the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,6 +15,8 @@ import torch
 from rewrite.codegen.maps import LINEAR, LayerMap, Rows
 
 Tensor = torch.Tensor
+ADAPTERS = "adapters"
+"""Name of the child module of an adapted layer that holds its adapters: `q_proj.adapters.lora.A`."""
 Where = Literal["input", "output", "weight", "storage", "tokens", "past", "train"]
 
 
@@ -66,6 +68,27 @@ class Behaviour:
 
 
 @dataclass(frozen=True)
+class Regime:
+    """How what trains is trained, as one clause of a spec says.
+
+    choose     `(Moment) -> numbers of the groups that are at work from now on`, or None for those of before; it is
+               asked when the model is attached and after every step (`runtime.regimes`).
+    choices    how many different choices it makes at most, None where that is not known.
+    groups     modules, by path, whose tensors rest and work together; none: every tensor is a group of its own.
+    gradient   `exact`; `zeroth`: estimated from losses alone, along `directions` at a distance of `eps`; `fused`:
+               exact, and applied tensor by tensor inside the backward pass (`runtime.optimizers`).
+    """
+
+    clause: str
+    choose: Callable[[Any], Collection[int] | None] | None = None
+    choices: int | None = 1
+    groups: tuple[str, ...] = ()
+    gradient: Literal["exact", "zeroth", "fused"] = "exact"
+    eps: float = 0.0
+    directions: int = 1
+
+
+@dataclass(frozen=True)
 class Graft:
     """One adaptation of one module.
 
@@ -81,7 +104,8 @@ class Graft:
     initialise `(W (..., d_out, d_in), {slot: tensor})` fills the tensors in place; W is the matrix, `rows`
                only.
     merged     `(weight, bias or None, *tensors) -> (weight, bias or None)` of a plain layer; None if there is none.
-    adapter    the name by which `rewrite.use` switches it; its op takes a gate after its tensors.
+    adapter    the name by which `rewrite.use` switches it.
+    gated      its op takes a gate after its tensors: a number that scales what it does.
     stage      grafts of one module take hold in the order of their stages.
     behaviour  what it does in training besides (`runtime.training`).
     tensor     the parameter of the module, stored with `shape`; `map` says how the module applies it.
@@ -98,6 +122,7 @@ class Graft:
     merged: Callable[..., tuple[Any, Any]] | None = None
     reads: tuple[str, ...] = ()
     adapter: str | None = None
+    gated: bool = False
     stage: int = 0
     behaviour: Behaviour | None = None
     encode: Callable[[Tensor], tuple[Tensor, ...]] | None = None
@@ -117,6 +142,11 @@ class Graft:
     def places(self) -> tuple[str, ...]:
         """The modules that it takes hold of: its own first."""
         return (self.path, *self.sharers)
+
+    def key(self, slot: str) -> str:
+        """The name of one of its tensors in files; it does not depend on how the graft takes hold."""
+        inner = slot if self.where == "train" else f"{ADAPTERS}.{self.name}.{slot}"
+        return f"{self.path}.{inner}" if self.path else inner
 
     def view(self, weight: Tensor) -> Tensor:
         """The rows (..., d_out, d_in) that this graft touches, of the module's tensor."""

@@ -144,7 +144,7 @@ def _check(model: nn.Module, state: Attachment) -> None:
                 f"{graft.label} adds virtual tokens, it has no merged weight: rewrite.remove it, or keep the model "
                 "as it is"
             )
-        if graft.adapter and graft.where != "train" and adapter_of(model.get_submodule(graft.path), graft).gate.ndim:
+        if graft.gated and graft.where != "train" and adapter_of(model.get_submodule(graft.path), graft).gate.ndim:
             raise RewriteError("the rows of a batch use different adapters: rewrite.use(model, ...) one, then merge")
 
 

@@ -7,13 +7,13 @@ the Hugging Face `Trainer`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from rewrite.errors import RewriteError
+from rewrite.runtime import regimes
 from rewrite.runtime.attach import Attachment, adapter_of, require
 from rewrite.runtime.graft import Graft
 
@@ -21,11 +21,13 @@ Tensor = torch.Tensor
 
 
 @torch.no_grad()
-def step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
-    """Run every schedule (rank budgets, masks) once, after `optimizer.step()` and before gradients are cleared.
+def step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, loss: regimes.Loss | None = None) -> int:
+    """Run every schedule (rank budgets, masks, blocks at work) once, after `optimizer.step()` and before gradients are
+    cleared.
 
-    Where a schedule puts an entry to rest, the optimizer's state of that entry is cleared too.  Returns the number of
-    this step, from 1.  Without any schedule it only counts.
+    Where a schedule puts an entry or a tensor to rest, the optimizer's state of it is cleared too.  `loss()` is the
+    loss on a batch, for schedules that measure (`ist`).  Returns the number of this step, from 1.  Without any schedule
+    it only counts.  Raises `RewriteError` where a tensor begins to train that the optimizer does not hold.
 
     Example: `loss.backward(); optimizer.step(); rewrite.step(model, optimizer); optimizer.zero_grad()`
     """
@@ -39,6 +41,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> in
         memory = state.memory.setdefault(behaviour.clause, {})
         for tensor, entries in behaviour.schedule(state.steps, held, memory) or ():
             _forget(optimizer, tensor, entries)
+    regimes.advance(model, state, optimizer, loss)
     return state.steps
 
 
@@ -64,24 +67,21 @@ def regulariser(model: nn.Module) -> Tensor:
 def parameter_groups(
     model: nn.Module, lr: float, weight_decay: float = 0.0, *, adapter: str | None = None
 ) -> list[dict[str, Any]]:
-    """Groups for a `torch.optim` optimizer over what trains, with the rates that methods ask for.
+    """Groups for a `torch.optim` optimizer over what trains, now or later, with the rates that methods ask for.
 
     `lr` and `weight_decay` are those of an ordinary tensor: a method may multiply the first (LoRA+: B learns faster)
     and refuse the second.  `adapter` keeps the tensors of one named adapter.
 
     Example: `torch.optim.AdamW(rewrite.parameter_groups(model, lr=2e-4, weight_decay=0.01))`
     """
-    state, groups, seen = require(model), defaultdict(list), set()
+    state, groups = require(model), defaultdict(list)
     if adapter is not None and adapter not in {g.adapter for g in state.grafts}:
         raise RewriteError(f"this model has no adapter '{adapter}'")
-    for graft in state.grafts:
-        if graft.where == "storage" or (adapter is not None and graft.adapter != adapter):
-            continue
-        for name, parameter in _parameters(model, graft):
+    for tensor in regimes.trained(model, [g for g in state.grafts if adapter is None or g.adapter == adapter]):
+        if tensor.parameter.requires_grad or tensor.names[0] in state.resting:
+            graft, name = tensor.grafts[0]
             slot = graft.slots[name]
-            if parameter.requires_grad and id(parameter) not in seen:
-                seen.add(id(parameter))
-                groups[slot.lr, slot.decay].append(parameter)
+            groups[slot.lr, slot.decay].append(tensor.parameter)
     return [
         {"params": found, "lr": lr * factor, "weight_decay": weight_decay if decays else 0.0}
         for (factor, decays), found in groups.items()
@@ -116,15 +116,6 @@ def _clauses(state: Attachment) -> dict[str, list[Graft]]:
         if graft.behaviour is not None:
             found.setdefault(graft.behaviour.clause, []).append(graft)
     return found
-
-
-def _parameters(model: nn.Module, graft: Graft) -> Iterator[tuple[str, nn.Parameter]]:
-    module = model.get_submodule(graft.path)
-    holder = module if graft.where == "train" else adapter_of(module, graft)
-    for name in graft.slots:
-        tensor = getattr(holder, name)
-        if isinstance(tensor, nn.Parameter):
-            yield name, tensor
 
 
 def _held(model: nn.Module, graft: Graft) -> dict[str, Tensor]:
