@@ -11,6 +11,7 @@ from rewrite.report import report
 from rewrite.runtime.attach import remove
 from rewrite.runtime.calibration import calibrate
 from rewrite.runtime.merge import merge
+from rewrite.runtime.optimizers import optimizer
 from rewrite.runtime.switching import in_use, use
 from rewrite.runtime.training import parameter_groups, regulariser, step, trainer_callback
 from rewrite.version import __version__
@@ -32,6 +33,7 @@ __all__ = [
     "load_peft",
     "merge",
     "methods",
+    "optimizer",
     "parameter_groups",
     "parse",
     "plan",

@@ -88,14 +88,28 @@ def parameter_groups(
     ]
 
 
+def gradient_of(model: nn.Module) -> str:
+    """What the gradients of a model are, as its spec says: `exact`, `zeroth` or `fused`."""
+    return next((r.gradient for r in require(model).regimes if r.gradient != "exact"), "exact")
+
+
 def trainer_callback() -> Any:
     """A callback for the Hugging Face `Trainer` that runs schedules and regularisers.
+
+    Raises `RewriteError` when training begins and the `Trainer` cannot do what the spec says: hand it the optimizer
+    that the spec asks for, `optimizers=(rewrite.optimizer(model, torch.optim.AdamW, lr=2e-4), None)`.
 
     Example: `Trainer(model, args, train_dataset=data, callbacks=[rewrite.trainer_callback()])`
     """
     from transformers import TrainerCallback
 
     class Callback(TrainerCallback):
+        def on_train_begin(
+            self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+        ) -> None:
+            if (reason := _unfit(model, args, getattr(optimizer, "optimizer", optimizer))) is not None:
+                raise RewriteError(f"the Trainer cannot do what '{require(model).spec}' says: {reason}")
+
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             term = regulariser(model)
             if term.requires_grad:  # the loss was taken already: its gradient is added to theirs
@@ -104,9 +118,38 @@ def trainer_callback() -> Any:
         def on_optimizer_step(
             self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
         ) -> None:
-            step(model, getattr(optimizer, "optimizer", optimizer))
+            data = kwargs.get("train_dataloader")
+            step(model, getattr(optimizer, "optimizer", optimizer), loss=lambda: _loss_on_another(model, data))
 
     return Callback()
+
+
+def _unfit(model: nn.Module, args: Any, optimizer: torch.optim.Optimizer) -> str | None:
+    """Why the Hugging Face `Trainer` cannot train a model with these arguments and this optimizer, or None."""
+    state, gradient = require(model), gradient_of(model)
+    if gradient == "zeroth":
+        return "it runs a backward pass, and mezo has none: write a loop with rewrite.optimizer(model, ...)"
+    missing = {id(t.parameter) for t in regimes.trained(model, state.grafts) if t.names[0] in state.resting}
+    missing -= {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if missing or (gradient == "fused" and not state.handles):
+        return "its own optimizer holds what trains now: optimizers=(rewrite.optimizer(model, cls, lr=...), None)"
+    if gradient == "exact":
+        return None
+    if args.gradient_accumulation_steps > 1:
+        return "fused_update updates in every backward pass: gradient_accumulation_steps=1"
+    if args.max_grad_norm:
+        return "fused_update has freed the gradients before their norm is known: max_grad_norm=0"
+    if any(g.behaviour is not None and g.behaviour.regulariser is not None for g in state.grafts):
+        return "a regulariser is added after the backward pass, and fused_update has updated by then"
+    return None
+
+
+def _loss_on_another(model: nn.Module, data: Any) -> Any:
+    """The loss on one more batch, without any trace in the random state."""
+    with torch.random.fork_rng():
+        batch = next(iter(data))
+    output = model(**batch)
+    return output["loss"] if isinstance(output, dict) else output.loss
 
 
 def _clauses(state: Attachment) -> dict[str, list[Graft]]:
