@@ -15,7 +15,7 @@ def described(method: type[Method]) -> str:
     """A method's equation, its sites, its arguments and where it comes from."""
     lines = [f"{method.name}: {equation(method)}"]
     default = f", by default @{method.default_sites}" if method.default_sites else ""
-    lines.append(f"  on {', '.join(sorted(method.kinds))}{default}")
+    lines.append(f"  on {_kinds(method)}{default}")
     known = arguments(method)
     if known:
         rows = [("argument", "default", "wants", ""), *(_row(argument) for argument in known)]
@@ -28,6 +28,10 @@ def described(method: type[Method]) -> str:
 
 def equation(cls: type) -> str:
     return (cls.__doc__ or "").partition("\n")[0].strip()
+
+
+def _kinds(method: type[Method]) -> str:
+    return ", ".join(sorted(method.kinds)) or "the whole model"
 
 
 def _row(argument: Argument) -> tuple[str, str, str, str]:
@@ -60,7 +64,7 @@ def page(methods: Iterable[type[Method]]) -> str:
 
 def _cells(method: type[Method]) -> tuple[str, str, str, str]:
     given = " ".join(f"{a.name}={_spelled(a.default)}" for a in arguments(method))
-    sites = ", ".join(sorted(method.kinds))
+    sites = _kinds(method)
     default = f", by default `@{method.default_sites}`" if method.default_sites else ""
     formula = equation(method).replace("|", "\\|")
     return (

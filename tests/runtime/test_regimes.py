@@ -238,18 +238,14 @@ def test_an_optimizer_that_lacks_a_tensor_is_refused():
     model = rewrite.attach(build(), "lisa(active=1, every=1)")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     with pytest.raises(rewrite.RewriteError, match=r"the optimizer does not hold it: make it with rewrite\.optimizer"):
-        for _ in range(20):
-            rewrite.step(model, optimizer)
+        any(not rewrite.step(model, optimizer) for _ in range(20))
 
 
 def test_what_is_stored_does_not_train():
     model = rewrite.attach(llama(num_hidden_layers=2), "nf4(base) + lisa(active=1)")
     works = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert {n for n in works if "layers" not in n} == {
-        "model.embed_tokens.weight",
-        "model.norm.weight",
-        "lm_head.weight",
-    }
+    outside = {n.removesuffix(".weight") for n in works if "layers" not in n}
+    assert outside == {"model.embed_tokens", "model.norm", "lm_head"}
     assert all("norm" in n for n in works if "layers" in n)
     assert "lisa trains all of the model but for the 14 stored weights" in str(
         rewrite.plan(llama(num_hidden_layers=2), "nf4(base) + lisa(active=1)")
