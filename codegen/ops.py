@@ -25,9 +25,9 @@ from rewrite.errors import RewriteError
 Tensor = torch.Tensor
 _lib = torch.library.Library("rewrite", "DEF")
 
-_BRANCHES = "Tensor[] h, Tensor[] B, float[] scale, SymInt[] start"
+_BRANCHES = "Tensor[] h, Tensor[] B, float[] scale, SymInt[] start, SymInt[] skip"
 _lib.define("decode(Tensor[] stored, str layout) -> Tensor")
-_lib.define(f"adapted_linear(Tensor x, Tensor[] weight, str layout, Tensor? bias, {_BRANCHES}) -> Tensor")
+_lib.define(f"adapted_linear(Tensor x, Tensor[] weight, str layout, Tensor? bias, {_BRANCHES}=[]) -> Tensor")
 _lib.define(f"adapted_linear_core(Tensor x, Tensor[] weight, str layout, Tensor? bias, {_BRANCHES}) -> Tensor")
 _lib.define("low_rank(Tensor x, Tensor A, Tensor B, float scale) -> Tensor")
 _lib.define("linear_input_gradient(Tensor dy, Tensor[] weight, str layout) -> Tensor")
@@ -47,11 +47,13 @@ def adapted_linear(
     B: Sequence[Tensor],
     scale: Sequence[float],
     start: Sequence[int],
+    skip: Sequence[int] = (),
 ) -> Tensor:
     """`y = x W' + b`, then `y[..., start : start + len(B)] += scale * h B'` for every branch.
 
     x (..., d_in); W = decode(weight, layout) (d_out, d_in), frozen; bias (d_out,) or None; per branch
-    h (..., r), B (rows, r), its scale, and the output row where it starts.  Returns (..., d_out).
+    h (..., r), B (rows, r), its scale, and the output row where it starts.  `skip` = (start, stop) are columns of a
+    dense W that x W' leaves out, since a branch has them.  Returns (..., d_out).
     """
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -61,7 +63,7 @@ def adapted_linear(
         bias = None if bias is None else _cast(bias, dtype)
     else:
         B = [t if t.dtype == x.dtype else t.to(x.dtype) for t in B]
-    return torch.ops.rewrite.adapted_linear_core(x, weight, layout, bias, h, B, scale, start)
+    return torch.ops.rewrite.adapted_linear_core(x, weight, layout, bias, h, B, scale, start, skip)
 
 
 def low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -92,37 +94,47 @@ def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t.to(dtype) if t.is_floating_point() and t.dtype not in (dtype, torch.float64) else t
 
 
-def _core(x, weight, layout, bias, h, B, scale, start):
+def _core(x, weight, layout, bias, h, B, scale, start, skip):
     w = decode(weight, layout).to(x.dtype)
     rows = x.reshape(-1, x.shape[-1])
     # Not a view of a product: a model may go on to change the output in place, which autograd forbids for views.
     out = rows.new_empty(*x.shape[:-1], w.shape[0])
     y = out.view(-1, w.shape[0])
+    (first, last), *rest = _kept(skip, w.shape[1])
     if bias is None:
-        torch.mm(rows, w.t(), out=y)
+        torch.mm(rows[:, first:last], w[:, first:last].t(), out=y)
     else:
-        torch.addmm(bias, rows, w.t(), out=y)
+        torch.addmm(bias, rows[:, first:last], w[:, first:last].t(), out=y)
+    for first, last in rest:
+        y.addmm_(rows[:, first:last], w[:, first:last].t())
     for hi, Bi, si, at in zip(h, B, scale, start, strict=True):
         part = y if Bi.shape[0] == y.shape[1] else y[:, at : at + Bi.shape[0]]
         part.addmm_(hi.reshape(-1, hi.shape[-1]), Bi.t(), alpha=si)
     return out
 
 
+def _kept(skip: Sequence[int], columns: int) -> list[tuple[int, int]]:
+    """What is left of that many columns without those that are skipped, as slices; one at least."""
+    if not skip:
+        return [(0, columns)]
+    return [(a, b) for a, b in ((0, skip[0]), (skip[1], columns)) if a < b] or [(0, 0)]
+
+
 def _rows(weight: Sequence[Tensor], layout: str) -> int:
     return weight[0].shape[0] if layout == "dense" else parse_layout(layout).shape[0]  # type: ignore[attr-defined]
 
 
-def _core_fake(x, weight, layout, bias, h, B, scale, start):
+def _core_fake(x, weight, layout, bias, h, B, scale, start, skip):
     return x.new_empty(*x.shape[:-1], _rows(weight, layout))
 
 
 def _core_setup(ctx, inputs, output):
-    _, weight, layout, _, h, B, scale, start = inputs
+    _, weight, layout, _, h, B, scale, start, skip = inputs
     if any(w.requires_grad for w in weight):
         raise RewriteError("adapted_linear has no gradient for its weight: the fuse pass must leave such a layer")
     ctx.save_for_backward(*weight, *h, *B)
     ctx.sizes = len(weight), len(h)
-    ctx.layout, ctx.scale, ctx.start = layout, scale, start
+    ctx.layout, ctx.scale, ctx.start, ctx.skip = layout, scale, start, skip
 
 
 def _core_backward(ctx, dy):
@@ -130,7 +142,7 @@ def _core_backward(ctx, dy):
     saved = ctx.saved_tensors
     weight, h, B = saved[:weights], saved[weights : weights + branches], saved[weights + branches :]
     need_x, _, _, need_bias, need_h, need_B, *_ = ctx.needs_input_grad
-    dx = _input_gradient(dy, weight, ctx.layout) if need_x else None
+    dx = _input_gradient(dy, weight, ctx.layout, ctx.skip) if need_x else None
     dbias = dy.flatten(0, -2).sum(0) if need_bias else None
     dh, dB = [], []
     for hi, Bi, si, at in zip(h, B, ctx.scale, ctx.start, strict=True):
@@ -138,8 +150,9 @@ def _core_backward(ctx, dy):
         # Scaled after the product: `B * s` and `h * s` would depend on the forward alone, and be saved for it.
         dh.append(_scaled(part @ Bi, si) if any(_flat(need_h)) else None)
         dB.append(_scaled(part.flatten(0, -2).t() @ hi.flatten(0, -2), si) if any(_flat(need_B)) else None)
-    rest = None if branches else []  # autograd takes an empty list of numbers for one of tensors
-    return dx, [None] * weights, None, dbias, dh, dB, rest, rest
+    # autograd takes an empty list of numbers for one of tensors
+    rest, skipped = (None if numbers else [] for numbers in (branches, ctx.skip))
+    return dx, [None] * weights, None, dbias, dh, dB, rest, rest, skipped
 
 
 def _scaled(t: Tensor, scale: float) -> Tensor:
@@ -150,7 +163,11 @@ def _flat(needs: object) -> list[bool]:
     return list(needs) if isinstance(needs, (list, tuple)) else [bool(needs)]
 
 
-def _input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> Tensor:
+def _input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str, skip: Sequence[int] = ()) -> Tensor:
+    if layout == "dense" and skip:
+        W, (start, stop) = weight[0], skip
+        none = dy.new_zeros(*dy.shape[:-1], stop - start)
+        return torch.cat([torch.matmul(dy, W[:, :start]), none, torch.matmul(dy, W[:, stop:])], dim=-1)
     if layout == "dense":  # an ordinary product: Inductor may fuse around it
         return torch.matmul(dy, weight[0])
     return torch.ops.rewrite.linear_input_gradient(dy, weight, layout)
@@ -180,11 +197,12 @@ torch.library.register_autograd("rewrite::adapted_linear_core", _core_backward, 
 
 
 @register_flop_formula(torch.ops.rewrite.adapted_linear_core)
-def _core_flops(x, weight, layout, bias, h, B, scale, start, *, out_shape=None, **_) -> int:
+def _core_flops(x, weight, layout, bias, h, B, scale, start, skip, *, out_shape=None, **_) -> int:
     tokens, rows = 1, out_shape[-1] if out_shape else 0
     for size in x[:-1]:
         tokens *= size
-    return 2 * tokens * (x[-1] * rows + sum(hi[-1] * Bi[0] for hi, Bi in zip(h, B, strict=True)))
+    columns = x[-1] - (skip[1] - skip[0] if skip else 0)
+    return 2 * tokens * (columns * rows + sum(hi[-1] * Bi[0] for hi, Bi in zip(h, B, strict=True)))
 
 
 @register_flop_formula(torch.ops.rewrite.linear_input_gradient)

@@ -1,4 +1,5 @@
-"""fuse: base product + adapter branches + bias + dequantisation become one operator.
+"""fuse: base product + adapter branches + bias + dequantisation become one operator; a slice of a weight that trains
+is taken out of the base product.
 
 A layer whose base weight trains is left alone: the fused operator has no gradient for it.
 """
@@ -11,7 +12,7 @@ import torch
 from torch import fx
 
 from rewrite.passes.builder import example
-from rewrite.passes.operators import adapted_linear, add, decode, inserted, linear, mul, pad
+from rewrite.passes.operators import adapted_linear, add, clone, decode, inserted, linear, mul, narrow, pad, to
 from rewrite.passes.pattern import any_of
 from rewrite.passes.rule import rule
 
@@ -55,4 +56,34 @@ def _fusible(mode: Any, c: Any, y: Any) -> bool:
     return mode in (None, "constant")
 
 
-FUSE = (fuse_storage, fuse_branch)
+@rule(adapted_linear("x", "stored", "layout", "b", "hs", "Bs", "scales", "starts"))
+def fuse_columns(r, x, stored, layout, b, hs, Bs, scales, starts) -> Any:
+    """adapted_linear(x, w, b, x[:, s], D)  ->  adapted_linear(x[:, rest], w[:, rest], b, x[:, s], w[:, s] + D)"""
+    for i, h in enumerate(hs if layout == "dense" else ()):
+        span = _slice(h.node, x.node)
+        if span is None or Bs[i].shape[0] != stored[0].shape[0] or scales[i] != 1.0:
+            continue
+        start, stop = span
+        if stop - start == x.shape[-1]:
+            continue
+        D = to.arguments(Bs[i].node)
+        D = r.proxy(D[0]) if D is not None and isinstance(D[0], fx.Node) else Bs[i]
+        part = stored[0].narrow(1, start, stop - start)
+        part = part if part.dtype == D.dtype else part.to(D.dtype)
+        sum_ = part + D
+        sum_ = sum_ if sum_.dtype == x.dtype else sum_.to(x.dtype)
+        new = [*Bs[:i], sum_, *Bs[i + 1 :]]
+        return torch.ops.rewrite.adapted_linear(x, stored, "dense", b, hs, new, scales, starts, [start, stop])
+    return None
+
+
+def _slice(h: fx.Node, x: fx.Node) -> tuple[int, int] | None:
+    """The columns [start, stop) of x that a node is a copy of; None where it is no such copy."""
+    copied = clone.arguments(h)
+    part = narrow.arguments(copied[0]) if copied else None
+    if part is None or part[0] is not x or part[1] != -1:
+        return None
+    return part[2], part[2] + part[3]
+
+
+FUSE = (fuse_storage, fuse_branch, fuse_columns)

@@ -30,6 +30,8 @@ mul = Op("mul", ("input", "other"), operator.mul, torch.mul, aten.mul.Tensor, me
 pad = Op("pad", ("input", "pad", "mode", "value"), F.pad, _nn.pad, aten.pad.default)
 transpose = Op("t", ("input",), torch.t, aten.t.default, methods=("t",))
 decode = Op("decode", ("stored", "layout"), torch.ops.rewrite.decode, torch.ops.rewrite.decode.default)
+clone = Op("clone", ("input", "memory_format"), torch.clone, aten.clone.default, methods=("clone",))
+to = Op("to", ("input", "dtype"), methods=("to",))
 cat = Op("cat", ("tensors", "dim"), torch.cat, torch.concat, aten.cat.default)
 narrow = Op("narrow", ("input", "dim", "start", "length"), torch.narrow, aten.narrow.default, methods=("narrow",))
 low_rank_weight = Op(
@@ -45,7 +47,7 @@ attention = Op(
 )
 adapted_linear = Op(
     "adapted_linear",
-    ("x", "weight", "layout", "bias", "h", "B", "scale", "start"),
+    ("x", "weight", "layout", "bias", "h", "B", "scale", "start", "skip"),
     torch.ops.rewrite.adapted_linear,
     torch.ops.rewrite.adapted_linear.default,
 )

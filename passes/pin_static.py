@@ -2,7 +2,7 @@
 
 Without it the min-cut partitioner saves every dequantised or cast weight of a frozen base, because it bans
 recomputing what a backward product reads.  Of what depends on *trained* parameters, only data movement (casts,
-views, concatenations) is pinned: it is cheap, where a norm of a weight may not be.
+views, concatenations) and sums are pinned: they are cheap, where a norm of a weight may not be.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rewrite.passes.record import Edit, PassRecord
 
 aten = torch.ops.aten
 _CASTS = {aten._to_copy.default, torch.ops.prims.convert_element_type.default}
-_MOVES = _CASTS | {aten.cat.default, aten.clone.default, aten.contiguous.default}
+_MOVES = _CASTS | {aten.cat.default, aten.clone.default, aten.contiguous.default, aten.add.Tensor}
 _SOURCE = "passes/pin_static.py"
 _EQUATION = "save(f(frozen weights))  ->  recompute f(frozen weights) in the backward"
 

@@ -101,7 +101,7 @@ class Method:
     trains: ClassVar[bool | tuple[str, ...]] = False  # the base tensors of the site: all, or those of these names
     policy: ClassVar[bool] = False  # places nothing: a clause about its sites, or without `kinds` about the whole model
     pointwise: ClassVar[bool] = False  # `output` or `input` scales and shifts every channel alone, so that it merges
-    calibration: ClassVar[Literal["inputs", "gradients"] | None] = None  # what `calibrated` wants to see
+    calibration: ClassVar[Literal["inputs", "scales", "gradients"] | None] = None  # what `calibrated` wants to see
     within_rank: ClassVar[bool] = False  # its argument r is at most the rank of the weight
     needs_storage: ClassVar[bool] = False  # stands only where the weight is stored in another format
     paper: ClassVar[str] = ""
@@ -124,6 +124,9 @@ class Method:
     def beside(self, others: Sequence[Method], sites: Sequence[Site]) -> str | None:
         """Why a policy cannot hold for these sites in a spec with these other methods, or None."""
         return None
+
+    def note(self, site: Site) -> str | None:
+        """What a user should know about this method at a site, or None; the plan says it once for all alike."""
 
     def delta(self, **theta: Any) -> Form:
         """A structured update of the weight; with a parameter `shape`, it is told (d_out, d_in) too."""

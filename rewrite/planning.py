@@ -210,6 +210,11 @@ class _Resolver(Selection):
             name = part if part not in used else next(f"{part}_{i}" for i in range(2, 999) if f"{part}_{i}" not in used)
             placed.append(Placement(site, method, clause, name))
         self.note_tied(clause)
+        told: dict[str, list[str]] = {}
+        for site in chosen:
+            if (text := method.note(site)) is not None:
+                told.setdefault(text, []).append(site.name)
+        self.notes += [f"{summarise(names)}: {text}" for text, names in told.items()]
         return placed
 
     def named(self, bound: Bound, trained: set[str]) -> list[Site]:

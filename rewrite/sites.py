@@ -57,6 +57,7 @@ class Site:
     layer: int | None = None
     shared: bool = False  # one adapter for all places that share its weight
     entry: Entry | None = None  # of the tokens of the whole model, where the site is that
+    head: int | None = None  # rows of one head of an attention; columns of one, where the site joins its heads
 
     @property
     def path(self) -> str:
@@ -177,7 +178,8 @@ class _Finder:
         if entry is not None and place.kind == "embedding" and place.path == entry.path:
             yield Site(replace(place, kind="tokens", map=LINEAR, tied=()), ("input",), None, stack, layer, entry=entry)
         for roles, rows in self.roles(place):
-            yield Site(place, (*roles, *_in_stack(roles, place.path, stack)), rows, stack, layer)
+            words = (*roles, *_in_stack(roles, place.path, stack))
+            yield Site(place, words, rows, stack, layer, head=self.head(place, roles))
         if place.kind == "embedding" and place.tied:
             # As the head applies it, so that both its readers take the same update.
             both = replace(place, kind="linear", map=LINEAR, shape=place.stored, called=False)
@@ -192,6 +194,11 @@ class _Finder:
             words = ("blocks", "block")
             place = Place(path, "", "block", (), inside[path].dtype, ())
             yield Site(place, (*words, *_in_stack(words, path, stack)), None, stack, layer)
+
+    def head(self, place: Place, roles: tuple[str, ...]) -> int | None:
+        """How many channels of a projection belong to one head of an attention, where the site is of one."""
+        use = self.use(place)
+        return next((p.head for p in use.parts if p.role in roles), None) if use is not None else None
 
     def roles(self, place: Place) -> Iterator[Found]:
         """(roles, rows) of each site at a place."""

@@ -21,14 +21,21 @@ Loss = Callable[[Any], Tensor]
 
 @dataclass
 class Seen:
-    """What one site saw: the sum of its inputs (d_in,), of their outer products (d_in, d_in), or the gradient of its
-    weight (d_out, d_in), summed over `count` rows or `batches`, in float64."""
+    """What one site saw: the sum of its inputs (d_in,), of their outer products (d_in, d_in), of their squares alone
+    (d_in,), or the gradient of its weight (d_out, d_in), summed over `count` rows or `batches`, in float64."""
 
     count: int = 0
     batches: int = 0
     total: Tensor | None = None
     moment: Tensor | None = None
+    squares: Tensor | None = None
     gradient: Tensor | None = None
+
+    def scales(self, x: Tensor) -> None:
+        rows = x.detach().flatten(0, -2).double()
+        squares = rows.square().sum(0)
+        self.squares = squares if self.squares is None else self.squares + squares
+        self.count += len(rows)
 
     def inputs(self, x: Tensor) -> None:
         rows = x.detach().flatten(0, -2).double()
@@ -103,8 +110,11 @@ def _watched(model: nn.Module, grafts: Sequence[Graft], seen: Mapping[int, Seen]
 def _hook(graft: Graft, seen: Seen) -> Callable[..., None]:
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
-        if graft.behaviour and graft.behaviour.calibration == "gradients":
+        wanted = graft.behaviour.calibration if graft.behaviour else None
+        if wanted == "gradients":
             output.register_hook(lambda dy: seen.gradients(x, dy if graft.rows is None else graft.rows.take(dy, -1)))
+        elif wanted == "scales":
+            seen.scales(x)
         else:
             seen.inputs(x)
 

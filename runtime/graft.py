@@ -57,13 +57,14 @@ class Behaviour:
 
     regulariser  tensors -> a term of the loss, or None
     schedule     `(step, [{slot: tensor} of each graft of the clause], memory) -> [(tensor, entries to forget)]`
-    calibrated   `(W, {slot: tensor}, seen)` fills the tensors from what `calibration` asks for: inputs or gradients
+    calibrated   `(W, {slot: tensor}, seen)` fills the tensors from what `calibration` asks for: inputs, their scales,
+                 or gradients
     """
 
     clause: str
     regulariser: Callable[..., Any] | None = None
     schedule: Callable[[int, Sequence[Mapping[str, Tensor]], dict[Any, Any]], Any] | None = None
-    calibration: Literal["inputs", "gradients"] | None = None
+    calibration: Literal["inputs", "scales", "gradients"] | None = None
     calibrated: Callable[[Tensor, dict[str, Tensor], Any], None] | None = None
 
 

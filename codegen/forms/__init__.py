@@ -14,6 +14,7 @@ from rewrite.codegen.forms.kronecker import Kronecker
 from rewrite.codegen.forms.low_rank import LowRank, spread_over
 from rewrite.codegen.forms.orthogonal import cayley, cayley_neumann, skew
 from rewrite.codegen.forms.pairs import Pairs
+from rewrite.codegen.forms.slices import Columns, OutputRows, Places, Run
 from rewrite.codegen.forms.sparse import Coordinates, RowSparse, scattered
 from rewrite.codegen.forms.spectral import Fourier, Haar
 from rewrite.codegen.forms.transforms import Cosine, Walsh
@@ -27,6 +28,7 @@ __all__ = [
     "Butterfly",
     "Circulant",
     "Codebook",
+    "Columns",
     "Coordinates",
     "Cosine",
     "Dense",
@@ -40,9 +42,12 @@ __all__ = [
     "Kronecker",
     "LowRank",
     "LowRankBlocks",
+    "OutputRows",
     "Pairs",
+    "Places",
     "Product",
     "RowSparse",
+    "Run",
     "Scaled",
     "Shift",
     "Spread",

@@ -18,12 +18,14 @@ from rewrite.structure.replay import slope
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """One attention: its operands and its result, as nodes."""
+    """One attention: its operands and its result, as nodes; the size of a head of queries and keys, and of values."""
 
     q: fx.Node
     k: fx.Node
     v: fx.Node
     out: fx.Node
+    head: int
+    value_head: int
 
     @property
     def scope(self) -> tuple[str, ...]:
@@ -40,7 +42,7 @@ def _fused(flow: Flow) -> Iterator[Attention]:
     for node in flow.mixers:
         if name_of(node) in ATTENTION:
             q, k, v = node.args[:3]
-            yield Attention(q, k, v, node)  # type: ignore[arg-type]
+            yield Attention(q, k, v, node, q.meta["val"].shape[-1], v.meta["val"].shape[-1])  # type: ignore[union-attr,arg-type]
 
 
 def _softmax(flow: Flow) -> Iterator[Attention]:
@@ -49,9 +51,10 @@ def _softmax(flow: Flow) -> Iterator[Attention]:
             continue
         scores = [m for m in flow.segment_before(node) if m in flow.mixers and name_of(m) not in ATTENTION]
         for product in [m for m in flow.readers(node) if m in flow.mixers and name_of(m) not in ATTENTION]:
-            value = _value(flow, node, product)
+            value, value_head = _value(flow, node, product)
             for score in scores:
-                yield Attention(*_query_key(flow, score, node), value, product)
+                head = _factors(score)[0].meta["val"].shape[-1]
+                yield Attention(*_query_key(flow, score, node), value, product, head, value_head)
 
 
 def _factors(product: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -60,10 +63,12 @@ def _factors(product: fx.Node) -> tuple[fx.Node, fx.Node]:
     return left, right  # type: ignore[return-value]
 
 
-def _value(flow: Flow, softmax: fx.Node, product: fx.Node) -> fx.Node:
-    """What the probabilities are multiplied with."""
+def _value(flow: Flow, softmax: fx.Node, product: fx.Node) -> tuple[fx.Node, int]:
+    """What the probabilities are multiplied with, and the size of a head of it."""
     left, right = _factors(product)
-    return right if left in flow.segment_after(softmax) else left
+    if left in flow.segment_after(softmax):
+        return right, right.meta["val"].shape[-1]
+    return left, left.meta["val"].shape[-2]
 
 
 def _query_key(flow: Flow, score: fx.Node, softmax: fx.Node) -> tuple[fx.Node, fx.Node]:

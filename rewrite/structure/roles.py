@@ -21,11 +21,15 @@ from rewrite.structure.trace import Trace
 
 @dataclass(frozen=True)
 class Part:
-    """A role that a parameter has: all of it, or the output channels `entries` of it."""
+    """A role that a parameter has: all of it, or the output channels `entries` of it.
+
+    `head` is how many of these belong to one head of an attention; of its output projection, how many inputs do.
+    """
 
     role: str
     entries: tuple[int, ...] | None = None
     cross: bool = False
+    head: int | None = None
 
 
 @dataclass
@@ -95,12 +99,14 @@ class _Deriver:
         if not behind["q"] and not behind["k"]:
             return
         cross = self.is_cross(behind["q"], behind["k"])
+        heads = {"q": attention.head, "k": attention.head, "v": attention.value_head}
         for role, projections in behind.items():
             for projection in projections:
-                self.add(projection, f"attn.{role}", channels(flow, projection, getattr(attention, role)), cross)
+                mask = channels(flow, projection, getattr(attention, role))
+                self.add(projection, f"attn.{role}", mask, cross, heads[role])
         outputs = self.outputs(home, scope, attention.out)
         for projection in outputs:
-            self.add(projection, "attn.o", None, cross)
+            self.add(projection, "attn.o", None, cross, attention.value_head)
         members = [p for ps in behind.values() for p in ps] + outputs[:1]
         owner = common([p.owner for p in members] + [scope])
         if len(owner) > len(self.block(members[0].parameter)):
@@ -150,7 +156,14 @@ class _Deriver:
                     found.add(n)
         return found
 
-    def add(self, projection: Projection, role: str, mask: tuple[bool, ...] | None, cross: bool = False) -> None:
+    def add(
+        self,
+        projection: Projection,
+        role: str,
+        mask: tuple[bool, ...] | None,
+        cross: bool = False,
+        head: int | None = None,
+    ) -> None:
         use = self.found.uses[projection.parameter]
         rows = projection.labels.rows
         if mask is None or all(mask):
@@ -163,7 +176,7 @@ class _Deriver:
             entries = None if whole else tuple(sorted({*entries, *same.entries}))  # type: ignore[misc]
             use.parts.remove(same)
         if role != "attn.o" or not use.parts:
-            use.parts.append(Part(role, entries, cross))
+            use.parts.append(Part(role, entries, cross, head))
 
     def feed_forward(self) -> None:
         taken = {name for name, use in self.found.uses.items() if use.parts}

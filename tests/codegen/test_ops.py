@@ -75,7 +75,26 @@ def test_equals_plain_operators(kind, rows, shape, bias):
 def test_opcheck(kind):
     weight, text = stored_weight(kind)
     h, B, scale, start = branches((2, 3, IN), BRANCHES["three"])
-    torch.library.opcheck(CORE, (leaf(2, 3, IN), weight, text, leaf(OUT), h, B, scale, start))
+    for skip in [[], [1, 4]] if kind == "dense" else [[]]:
+        torch.library.opcheck(CORE, (leaf(2, 3, IN), weight, text, leaf(OUT), h, B, scale, start, skip))
+
+
+@pytest.mark.parametrize("skip", [(0, 2), (1, 4), (4, IN), (0, IN)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, IN), (1, IN), (0, IN)], ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_columns_that_the_base_product_leaves_out(skip, shape, bias):
+    weight, _ = stored_weight("dense")
+    x, c = leaf(*shape), leaf(OUT) if bias else None
+    given = branches(shape, BRANCHES["three"])
+    fused = torch.ops.rewrite.adapted_linear(x, weight, "dense", c, *given, skip)
+    rest = weight[0].clone()
+    rest[:, slice(*skip)] = 0
+    plain = reference(x, [rest], "dense", c, *given)
+    torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-12)
+    leaves = [t for t in (x, c, *given[0], *given[1]) if t is not None]
+    dy = torch.randn_like(plain)
+    for a, b in zip(torch.autograd.grad(fused, leaves, dy), torch.autograd.grad(plain, leaves, dy), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_inputs_that_are_not_contiguous():
@@ -141,6 +160,11 @@ def test_flops_are_counted():
         torch.ops.rewrite.adapted_linear(leaf(4, IN), weight, text, None, h, B, scale, start).sum().backward()
     forward, dx, dh, dB = 4 * (OUT * IN + OUT * 3), 4 * OUT * IN, 4 * OUT * 3, 4 * OUT * 3
     assert count.get_total_flops() == 2 * (forward + dx + dh + dB)
+    dense = stored_weight("dense")
+    with FlopCounterMode(display=False) as less:
+        y = torch.ops.rewrite.adapted_linear(leaf(4, IN), *dense, None, h, B, scale, start, [1, 4])
+        y.sum().backward()
+    assert count.get_total_flops() - less.get_total_flops() == 2 * 2 * 4 * OUT * 3
 
 
 @pytest.mark.parametrize("shape", [(4, IN), (2, 3, IN), (1, IN), (0, IN)], ids=str)
