@@ -199,6 +199,7 @@ def _behaviour(method: Method, clause: str) -> Behaviour:
         method.schedule if states(method, "schedule") else None,
         method.calibration,
         method.calibrated if method.calibration else None,
+        method.reselect if states(method, "reselect") else None,
     )
 
 

@@ -169,6 +169,11 @@ class Method:
         optimizer state is to be cleared.
         """
 
+    def reselect(
+        self, step: int, W: Callable[[], Tensor], theta: dict[str, Tensor]
+    ) -> Iterable[tuple[Tensor, Tensor]] | None:
+        """As `schedule`, for one site: `W()` is the matrix (d_out, d_in) of its weight as adapted so far."""
+
     def calibrated(self, W: Tensor, theta: dict[str, Tensor], seen: Seen) -> None:
         """Fill `theta` in place from what a site saw of some batches: its inputs, or the gradient of its weight, as
         `calibration` says."""

@@ -59,6 +59,7 @@ class Behaviour:
     schedule     `(step, [{slot: tensor} of each graft of the clause], memory) -> [(tensor, entries to forget)]`
     calibrated   `(W, {slot: tensor}, seen)` fills the tensors from what `calibration` asks for: inputs, their scales,
                  or gradients
+    reselect     as `schedule`, for one graft: `(step, W, {slot: tensor})`, W() the matrix as adapted so far
     """
 
     clause: str
@@ -66,6 +67,7 @@ class Behaviour:
     schedule: Callable[[int, Sequence[Mapping[str, Tensor]], dict[Any, Any]], Any] | None = None
     calibration: Literal["inputs", "scales", "gradients"] | None = None
     calibrated: Callable[[Tensor, dict[str, Tensor], Any], None] | None = None
+    reselect: Callable[[int, Callable[[], Tensor], dict[str, Tensor]], Any] | None = None
 
 
 @dataclass(frozen=True)

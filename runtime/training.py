@@ -6,7 +6,9 @@ the Hugging Face `Trainer`.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -34,15 +36,33 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, lo
     state = require(model)
     state.steps += 1
     for grafts in _clauses(state).values():
-        behaviour = grafts[0].behaviour
-        if behaviour is None or behaviour.schedule is None:
-            continue
-        held = [_held(model, graft) for graft in grafts]
-        memory = state.memory.setdefault(behaviour.clause, {})
-        for tensor, entries in behaviour.schedule(state.steps, held, memory) or ():
+        for tensor, entries in _scheduled(model, state, grafts):
             _forget(optimizer, tensor, entries)
     regimes.advance(model, state, optimizer, loss)
     return state.steps
+
+
+def _scheduled(model: nn.Module, state: Attachment, grafts: list[Graft]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Run the schedules of one clause: the tensors that they change, with the entries that are something else now."""
+    behaviour = grafts[0].behaviour
+    assert behaviour is not None
+    if behaviour.schedule is not None:
+        held = [_held(model, graft) for graft in grafts]
+        memory = state.memory.setdefault(behaviour.clause, {})
+        yield from behaviour.schedule(state.steps, held, memory) or ()
+    for graft in grafts if behaviour.reselect is not None else ():
+        yield from behaviour.reselect(state.steps, functools.partial(_adapted, model, graft), _held(model, graft)) or ()  # type: ignore[misc]
+
+
+def _adapted(model: nn.Module, graft: Graft) -> Tensor:
+    """The matrix of a graft as it has adapted it so far."""
+    module = model.get_submodule(graft.path)
+    weight = getattr(module, graft.tensor).detach()
+    if graft.where != "weight":  # which the module's tensor has in it
+        assert graft.merged is not None
+        weight, _ = graft.merged(weight, None, *adapter_of(module, graft).operands())
+    matrix = graft.view(weight)
+    return matrix.float() if matrix.dtype.itemsize < 4 else matrix
 
 
 def regulariser(model: nn.Module) -> Tensor:

@@ -21,6 +21,8 @@ from rewrite.codegen.forms.form import TOKENS, Form
 Tensor = torch.Tensor
 GATHER = 100
 """A multiply-add of gathered operands takes as long as so many of a dense product (2048 tokens on one CPU thread)."""
+LIGHT = 1 / 16
+"""Up to this share of its entries a sparse matrix is never formed: its gradient would be as large as the weight."""
 CHUNK = 1 << 22
 """Numbers that are gathered at a time."""
 
@@ -54,6 +56,9 @@ class Coordinates(Form):
     def factored(self, x: Any) -> Any:
         return torch.ops.rewrite.sparse_product(x, self.values, self.rows, self.columns, self.d_out)
 
+    def is_light(self) -> bool:
+        return self.values.shape[-1] <= LIGHT * self.d_out * self.d_in
+
     def cost(self) -> sympy.Expr:
         return TOKENS * self.values.shape[-1] * GATHER
 
@@ -81,6 +86,9 @@ class RowSparse(Form):
     def factored(self, x: Any) -> Any:
         values, columns = self.values, self.columns
         return torch.ops.rewrite.sparse_product(x, values.flatten(), None, columns.flatten(), values.shape[-2])
+
+    def is_light(self) -> bool:
+        return self.values.shape[-1] <= LIGHT * self.d_in
 
     def cost(self) -> sympy.Expr:
         return TOKENS * self.values.shape[-1] * self.values.shape[-2] * GATHER
