@@ -94,15 +94,16 @@ def hint(size: Any) -> int:
 
 def flops(graph: fx.Graph) -> int:
     """Floating-point operations of the products in a graph (2 per multiply-add), by PyTorch's own formulas."""
-    total = 0
-    for node in graph.nodes:
-        packet = getattr(node.target, "_overloadpacket", node.target)
-        formula = flop_registry.get(packet)
-        if node.op != "call_function" or formula is None:
-            continue
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: sized(n.meta.get("val")))
-        total += int(formula(*args, **kwargs, out_val=sized(node.meta.get("val"))))
-    return total
+    return sum(map(node_flops, graph.nodes))
+
+
+def node_flops(node: fx.Node) -> int:
+    """Floating-point operations of one node, 0 where it is no product."""
+    formula = flop_registry.get(getattr(node.target, "_overloadpacket", node.target))
+    if node.op != "call_function" or formula is None:
+        return 0
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: sized(n.meta.get("val")))
+    return int(formula(*args, **kwargs, out_val=sized(node.meta.get("val"))))
 
 
 def sized(value: Any) -> Any:

@@ -16,6 +16,7 @@ from torch._functorch.partitioners import default_partition, min_cut_remateriali
 from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
 
 from rewrite.passes import counting, pin_static
+from rewrite.passes.gradients import gradient_costs
 from rewrite.passes.peak import peaks
 from rewrite.passes.record import GraphRecord
 
@@ -36,6 +37,7 @@ class Partitioner(CustomPartitionerFn):
         done.seconds = time.perf_counter() - begin
         self.record.passes.append(done)
         plain = self._default(gm, joint_inputs, **kwargs) if self.thorough else {}
+        plain |= {"gradients": self._gradients(gm, int(kwargs["num_fwd_outputs"]))} if self.thorough else {}
         kwargs.setdefault("compiler", "inductor")
         forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
         self.record.counts = self._counts(forward, backward, int(kwargs["num_fwd_outputs"])) | plain
@@ -50,6 +52,11 @@ class Partitioner(CustomPartitionerFn):
             "backward_flops": counting.flops(backward.graph),
         }
         return counts | {"peaks": peaks(forward, backward, outputs)} if self.thorough else counts
+
+    def _gradients(self, gm: fx.GraphModule, outputs: int) -> list[dict[str, Any]]:
+        """What every gradient costs, from the loss downwards, by the name of what it is the gradient of."""
+        names = dict(enumerate(self.record.arguments))
+        return [{"name": names.get(c.input, ""), **asdict(c)} for c in gradient_costs(gm.graph, outputs)]
 
     def _default(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> dict[str, Any]:
         """What PyTorch's default partition of the same joint graph keeps: everything that eager autograd does."""

@@ -48,6 +48,7 @@ def regimes(plan: Plan) -> list[runtime.Regime]:
                     method.choose if states(method, "choose", Regime) else None,
                     method.choices(len(policy.sites)),
                     tuple(site.path for site in policy.sites),
+                    method.counts,
                     method.gradient,
                     getattr(method, "eps", 0.0),
                     getattr(method, "q", 1),

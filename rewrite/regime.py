@@ -27,6 +27,7 @@ class Regime(Method):
     kinds: ClassVar[frozenset[str]] = frozenset()
     gradient: ClassVar[Literal["exact", "zeroth", "fused"]] = "exact"
     measures: ClassVar[bool] = False  # it turns adapters down to see what they are worth
+    counts: ClassVar[bool] = False  # it asks what gradients cost
     reads_gradients: ClassVar[bool] = False  # in `choose`, after a step
 
     def choose(self, now: Moment) -> Collection[int] | None:

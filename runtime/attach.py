@@ -58,6 +58,7 @@ class Attachment:
     backend: str | None = None  # None until compiled
     notes: tuple[str, ...] = ()
     regimes: tuple[Regime, ...] = ()
+    seen: Any = None  # arguments of the last training step, without numbers, where a regime asks for them
     resting: set[str] = field(default_factory=set)  # what trains but not now, by name
     handles: Handles = field(default_factory=Handles)  # hooks of an optimizer on what trains
 
@@ -287,6 +288,9 @@ def strip(model: nn.Module) -> nn.Module:
     state = require(model)
     captures.forget(model)
     state.handles.release()
+    for key in [k for k, hook in model._forward_pre_hooks.items() if hook is regimes.watch]:
+        del model._forward_pre_hooks[key]
+        model._forward_pre_hooks_with_kwargs.pop(key, None)
     for _, module, _ in list(adapted_modules(model)):
         delattr(module, ADAPTERS)
         for key in [k for k, hook in module._forward_hooks.items() if hook in (call_adapters, prompts.forget)]:

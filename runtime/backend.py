@@ -49,6 +49,7 @@ def rewrite_backend(
 
 def lowered(gm: fx.GraphModule, record: GraphRecord) -> fx.GraphModule:
     """A captured graph after our pipeline; one without adapters comes back as it is."""
+    record.arguments = tuple(capture.path_of(n) for n in gm.graph.nodes if n.op == "placeholder")
     if not capture.has_adapters(gm):
         return gm
     record.inputs = inputs_of(gm)

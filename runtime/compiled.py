@@ -14,6 +14,7 @@ from torch import nn
 from rewrite.runtime.attach import CompiledCallBase, require
 from rewrite.runtime.backend import check_backend, rewrite_backend
 from rewrite.runtime.graft import Regime
+from rewrite.runtime.regimes import watch
 
 _RECOMPILES = 64  # a normal session uses the default of 8: two lengths, two batch sizes, eval, switches
 _DEFAULT_RECOMPILES = 8
@@ -32,6 +33,8 @@ class CompiledCall(CompiledCallBase):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         state = require(self.model)
+        if any(regime.counts for regime in state.regimes):
+            watch(self.model, args, kwargs)
         with torch._dynamo.config.patch(settings(state.regimes)), state.calls.counting():
             return self.call(self.model, *args, **kwargs)
 

@@ -78,6 +78,7 @@ class Regime:
                asked when the model is attached and after every step (`runtime.regimes`).
     choices    how many different choices it makes at most, None where that is not known.
     groups     modules, by path, whose tensors rest and work together; none: every tensor is a group of its own.
+    counts     it asks what gradients cost, so that a batch must be seen.
     gradient   `exact`; `zeroth`: estimated from losses alone, along `directions` at a distance of `eps`; `fused`:
                exact, and applied tensor by tensor inside the backward pass (`runtime.optimizers`).
     """
@@ -86,6 +87,7 @@ class Regime:
     choose: Callable[[Any], Collection[int] | None] | None = None
     choices: int | None = 1
     groups: tuple[str, ...] = ()
+    counts: bool = False
     gradient: Literal["exact", "zeroth", "fused"] = "exact"
     eps: float = 0.0
     directions: int = 1

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from rewrite.errors import RewriteError
+from rewrite.passes.record import GraphRecord
 from rewrite.runtime.adapter import Adapter, adapter_of
 from rewrite.runtime.graft import Graft, Regime
 from rewrite.runtime.originals import Originals
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 Loss = Callable[[], Any]
+Count = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], list[GraphRecord]]
 
 
 class Handles(list[Any]):
@@ -74,14 +77,28 @@ def grouped(regime: Regime, tensors: Sequence[Trained]) -> list[list[Trained]]:
 
 def start(model: nn.Module, state: Attachment) -> None:
     """The first choice of every regime, and copies of the base tensors that are now at work."""
-    advance(model, state, None, None)
+    if any(regime.counts for regime in state.regimes):
+        model.register_forward_pre_hook(watch, with_kwargs=True)
+    advance(model, state)
     for tensor in trained(model, state.grafts):
         if tensor.parameter.requires_grad:
             _keep(state, tensor)
 
 
-def advance(model: nn.Module, state: Attachment, optimizer: torch.optim.Optimizer | None, loss: Loss | None) -> None:
-    """Let every regime that chooses do so, after step number `state.steps`."""
+def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: what the last training batch was like, without its numbers."""
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        module.__dict__["_rewrite"].seen = tree_map_only(Tensor, lambda t: t.detach().to("meta"), (args, kwargs))
+
+
+def advance(
+    model: nn.Module,
+    state: Attachment,
+    optimizer: torch.optim.Optimizer | None = None,
+    loss: Loss | None = None,
+    count: Count | None = None,
+) -> None:
+    """Let every regime that chooses do so, after step number `state.steps`; `count` counts a training step."""
     for regime in state.regimes:
         if regime.choose is None:
             continue
@@ -89,7 +106,7 @@ def advance(model: nn.Module, state: Attachment, optimizer: torch.optim.Optimize
         memory = state.memory.setdefault(regime.clause, {})
         if "seed" not in memory:
             memory["seed"] = int(torch.randint(2**62, ()))
-        chosen = regime.choose(Moment(model, state, regime, groups, memory, optimizer, loss))
+        chosen = regime.choose(Moment(model, state, regime, groups, memory, optimizer, loss, count))
         if chosen is not None:
             _set_to_work(state, groups, chosen, optimizer)
 
@@ -130,6 +147,30 @@ def keep(originals: Originals, name: str, parameter: Tensor) -> None:
         originals.keep(name, parameter)
 
 
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of one gradient: its own, and those that take the backward pass from the one before down to it.
+
+    `group` is what the tensor belongs to; None for the input of a graph that another one comes before.
+    """
+
+    group: int | None
+    own: int
+    chain: int
+
+
+@dataclass(frozen=True)
+class Costs:
+    """FLOPs of a training step: of the forward, and of every gradient, from the loss downwards."""
+
+    forward: int
+    gradients: tuple[Cost, ...]
+
+    @property
+    def backward(self) -> int:
+        return sum(c.own + c.chain for c in self.gradients)
+
+
 @dataclass
 class Moment:
     """What a regime can look at when it chooses: after step number `step`, or before the first one (0).
@@ -144,6 +185,7 @@ class Moment:
     memory: dict[Any, Any]
     optimizer: torch.optim.Optimizer | None = None
     loss: Loss | None = None
+    count: Count | None = None
     groups: list[list[nn.Parameter]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -159,6 +201,20 @@ class Moment:
         for number in numbers:
             seed = (seed * 6364136223846793005 + number + 1442695040888963407) % 2**63
         return torch.Generator().manual_seed(seed)
+
+    def costs(self) -> Costs:
+        """What the gradients of the groups cost in a training step like the last one, counted on its joint graph."""
+        if self.state.seen is None or self.count is None:
+            raise RewriteError(f"{self.regime.clause} counts what a training step costs, and none has been taken")
+        records = [r for r in self.count(self.model, *self.state.seen) if "gradients" in r.counts]
+        names = {name: id(p) for name, p in self.model.named_parameters(remove_duplicate=False)}
+        groups = {id(p): n for n, group in enumerate(self.groups) for p in group}
+        found = [
+            Cost(groups.get(names.get(c["name"], 0)), c["own"], c["chain"])
+            for record in reversed(records)
+            for c in record.counts["gradients"]
+        ]
+        return Costs(sum(r.counts["forward_flops"] for r in records), tuple(found))
 
     @torch.no_grad()
     def measured(self, factors: Mapping[int, float]) -> float:

@@ -17,6 +17,7 @@ from torch import nn
 from rewrite.errors import RewriteError
 from rewrite.runtime import regimes
 from rewrite.runtime.attach import Attachment, adapter_of, require
+from rewrite.runtime.dry_run import dry_run
 from rewrite.runtime.graft import Graft
 
 Tensor = torch.Tensor
@@ -38,7 +39,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, lo
     for grafts in _clauses(state).values():
         for tensor, entries in _scheduled(model, state, grafts):
             _forget(optimizer, tensor, entries)
-    regimes.advance(model, state, optimizer, loss)
+    regimes.advance(model, state, optimizer, loss, dry_run)
     return state.steps
 
 

@@ -84,17 +84,8 @@ def pretrain(steps: int, seed: int, device: str) -> tuple[Base, Curve]:
     blocks = corpus.split(tokens, LENGTH, _BATCH, "the standard library")
     torch.manual_seed(seed)
     model = transformers().LlamaForCausalLM(built_in_config()).to(device)
-    curve = train(
-        model,
-        blocks.train,
-        steps=steps,
-        batch=_BATCH,
-        learning_rate=4e-3,
-        seed=seed,
-        progress="pre-train",
-        betas=(0.9, 0.95),
-        weight_decay=0.1,
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    curve = train(model, blocks.train, optimizer, steps=steps, batch=_BATCH, seed=seed, progress="pre-train")
     kept = copy.deepcopy(model.eval())
     count = sum(p.numel() for p in model.parameters())
     about = f"a byte-level Llama, {count:,} parameters, pre-trained on {len(texts)} files of Python's standard library"

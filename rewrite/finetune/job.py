@@ -23,11 +23,15 @@ from rewrite.finetune.bases import Base
 from rewrite.finetune.checks import Check
 from rewrite.finetune.request import Job, Request, prepare
 from rewrite.finetune.training import Curve, evaluate, train
+from rewrite.runtime.attach import require
 from rewrite.runtime.files import write
 from rewrite.runtime.merge import merge_report
+from rewrite.runtime.regimes import trained
+from rewrite.runtime.training import gradient_of
 from rewrite.table import duration, share, table
 
 Say = Callable[[str], None]
+_ZEROTH = 1e-4
 
 
 @dataclass
@@ -73,7 +77,7 @@ def finetune(job: Job, say: Say = print) -> Result:
         spec=request.spec,
         base_loss=base_loss,
         loss=evaluate(model, held, job.batch, "adapted"),
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        trainable=sum(t.parameter.numel() for t in trained(model, require(model).grafts)),
         parameters=parameters,
         step_seconds=curve.step,
         first_step_seconds=curve.seconds[0],
@@ -102,14 +106,13 @@ def _base(job: Job, say: Say) -> Base:
 
 
 def _adapt(job: Job, request: Request, model: nn.Module) -> Curve:
+    lr = job.learning_rate or (1e-2 if job.model is None else 2e-4)
+    if gradient_of(model) == "zeroth":  # the rule of the paper; its rates are those of a sum over all parameters
+        optimizer = rewrite.optimizer(model, torch.optim.SGD, lr=job.learning_rate or _ZEROTH)
+    else:
+        optimizer = rewrite.optimizer(model, torch.optim.AdamW, lr=lr, fused=True)
     return train(
-        model,
-        request.blocks.train,
-        steps=job.steps,
-        batch=job.batch,
-        learning_rate=job.learning_rate or (1e-2 if job.model is None else 2e-4),
-        seed=job.seed,
-        progress="adapt",
+        model, request.blocks.train, optimizer, steps=job.steps, batch=job.batch, seed=job.seed, progress="adapt"
     )
 
 

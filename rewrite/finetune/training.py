@@ -1,6 +1,6 @@
-"""The loop: AdamW, linear warm-up and cosine decay, gradient clipping; and the loss on held-out blocks.
+"""The loop: linear warm-up and cosine decay, gradient clipping, what a spec asks for; and the loss on held-out blocks.
 
-Nothing here knows about adapters: it trains whatever parameters ask for gradients.
+It trains whatever its optimizer holds, adapted or not.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import statistics
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +19,8 @@ from tqdm import tqdm
 from rewrite.errors import RewriteError
 from rewrite.finetune.corpus import batches, spread
 from rewrite.progress import ticking
+from rewrite.runtime.attach import attachment
+from rewrite.runtime.training import regulariser, step
 
 _WARM_UP = 0.05  # share of the steps
 _FLOOR = 0.02  # of the learning rate at the end
@@ -40,34 +43,40 @@ class Curve:
 def train(
     model: nn.Module,
     blocks: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
     *,
     steps: int,
     batch: int,
-    learning_rate: float,
     seed: int,
     progress: str,
-    betas: tuple[float, float] = (0.9, 0.999),
-    weight_decay: float = 0.0,
 ) -> Curve:
-    """Train the parameters that ask for gradients on `blocks` (count, length), in place.
+    """Train what `optimizer` holds on `blocks` (count, length), in place.
 
-    Raises `RewriteError` when the loss is no longer a number.
+    Gradients that are applied in the backward pass are not clipped, and where there are none nothing is.  Raises
+    `RewriteError` when the loss is no longer a number.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
-    device, curve = trained[0].device, Curve()
+    trained, curve = [p for group in optimizer.param_groups for p in group["params"]], Curve()
+    device, adapted = trained[0].device, attachment(model) is not None
     model.train()
     bar = tqdm(batches(blocks, batch, steps, seed), desc=progress, total=steps, unit="step", delay=2)
     for rows in bar:
         start = time.perf_counter()
         # The first step may compile for half a minute: the bar shows that time passes.
+        ids = rows.to(device)
+
+        def closure(ids: torch.Tensor = ids) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = model(input_ids=ids, labels=ids).loss
+            if loss.requires_grad:
+                (loss + regulariser(model) if adapted else loss).backward()
+                nn.utils.clip_grad_norm_(trained, _CLIP)
+            return loss.detach()
+
         with contextlib.nullcontext() if curve.losses else ticking(bar):
-            loss = model(input_ids=rows.to(device), labels=rows.to(device)).loss
-            loss.backward()
-        nn.utils.clip_grad_norm_(trained, _CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
+            loss: Any = optimizer.step(closure)
+        if adapted:
+            step(model, optimizer, loss=closure)
         schedule.step()
         curve.losses.append(loss.item())
         curve.seconds.append(time.perf_counter() - start)

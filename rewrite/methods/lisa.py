@@ -45,6 +45,12 @@ class Lisa(Regime):
     def choose(self, now: Moment) -> Collection[int] | None:
         if now.step % self.every:
             return None
-        sets = None if self.sets is None else self.choices(len(now.groups))
-        choices = now.memory.setdefault("choices", pool(len(now.groups), self.active, sets, now.random(0)))
-        return draw([1.0] * len(now.groups), self.active, choices, now.random(1, now.step))
+        return draw([1.0] * len(now.groups), self.active, self.pool(now), now.random(1, now.step))
+
+    def pool(self, now: Moment) -> list[tuple[int, ...]] | None:
+        """The sets of blocks that there are; None for all that are possible."""
+        if "pool" not in now.memory:
+            count = len(now.groups)
+            sets = None if self.sets is None else self.choices(count)
+            now.memory["pool"] = pool(count, self.active, sets, now.random(0))
+        return now.memory["pool"]

@@ -178,7 +178,7 @@ def test_there_is_room_for_more_graphs_than_dynamo_allows(monkeypatch):
         rewrite.step(model)
     assert len({active(model) for _ in range(200) if rewrite.step(model)}) == blocks
     assert require(model).calls.eager == 0
-    assert len(require(model).memory["lisa(active=1, every=1)@blocks"]["choices"]) == blocks
+    assert len(require(model).memory["lisa(active=1, every=1)@blocks"]["pool"]) == blocks
 
 
 def test_lisa_on_a_language_model_saves_and_loads(tmp_path):
