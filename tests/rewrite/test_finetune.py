@@ -82,7 +82,18 @@ def silent(_: str) -> None:
 # the whole job
 
 
-@pytest.mark.parametrize("spec", ["lora(r=4)@attn.q,v", "lora(r=4, dropout=0.1)@linear + full(norm) + nf4(base)"])
+SPECS = [
+    "lora(r=4)@attn.q,v",
+    "lora(r=4, dropout=0.1)@linear + full(norm) + nf4(base)",
+    "adalora(r=4, steps=3)@linear-head",
+    "lisa(active=1, every=1)@blocks + fused_update",
+    "lora(r=4)@linear-head + ist(active=1, every=1)@blocks",
+    "lora(r=4)@linear + mezo(eps=0.01)",
+    "green(rho=0.7)",
+]
+
+
+@pytest.mark.parametrize("spec", SPECS)
 def test_from_a_folder_to_an_adapter(capsys: pytest.CaptureFixture[str], tiny: Run, spec: str):
     asked = tiny(spec=spec)
     options = {"model": asked.model, "data": asked.data, "spec": spec, "out": asked.out, "lr": 1e-2}
@@ -333,7 +344,8 @@ class Bigram(nn.Module):
 def test_training_learns():
     rows = (torch.arange(16)[:, None] + torch.arange(8)) % 7  # each token has one successor
     model = Bigram(7)
-    curve = training.train(model, rows, steps=60, batch=4, learning_rate=0.3, seed=0, progress="train")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.3, weight_decay=0.0)
+    curve = training.train(model, rows, optimizer, steps=60, batch=4, seed=0, progress="train")
     assert curve.losses[0] > 1.5
     assert curve.losses[-1] < 0.05
     assert len(curve.seconds) == 60
@@ -343,9 +355,9 @@ def test_training_learns():
 def test_a_loss_that_is_no_number_stops_training():
     model = Bigram(3)
     nn.init.constant_(model.table.weight, math.inf)
-    rows = torch.zeros(4, 4, dtype=torch.int64)
+    rows, optimizer = torch.zeros(4, 4, dtype=torch.int64), torch.optim.AdamW(model.parameters(), lr=1.0)
     with pytest.raises(RewriteError, match=r"^the loss is nan at step 1: try a smaller --lr$"):
-        training.train(model, rows, steps=5, batch=2, learning_rate=1, seed=0, progress="")
+        training.train(model, rows, optimizer, steps=5, batch=2, seed=0, progress="")
 
 
 def test_evaluation_weighs_every_block_alike_and_keeps_one_shape():
