@@ -71,9 +71,7 @@ def _plan(model: nn.Module, spec: str | Spec, found: inventory.Inventory) -> Pla
 
 
 def _batch(inputs: Batch | None) -> Inputs | None:
-    if inputs is None or isinstance(inputs, Inputs):
-        return inputs
-    return Inputs((), dict(inputs)) if isinstance(inputs, Mapping) else Inputs(tuple(inputs))
+    return None if inputs is None else Inputs.of(inputs)
 
 
 def _only_sites(text: str) -> bool:

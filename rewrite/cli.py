@@ -64,7 +64,7 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def diff(args: argparse.Namespace) -> int:
-    found = rewrite.diff(_captured(args, "eager"))
+    found = rewrite.diff(_captured(args))
     _write(args.json, lambda: found.to_json())
     if args.html:
         found.to_html(args.html)
@@ -74,11 +74,15 @@ def diff(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    found = rewrite.report(_captured(args, "aot_eager"))
+    rewrite.parse(args.spec)  # before anything slow
+    with waiting("build the model"):
+        model = _skeleton(args.model)
+    found = rewrite.report(model, args.spec, tokens=args.length, batch=args.batch)
     _write(args.json, lambda: found.to_json())
-    if not args.json:
+    if args.png:
+        found.to_png(args.png)
+    if not (args.json or args.png):
         print(found)
-        print("\nnote: counted with plain attention; where it is fused, its probabilities are not saved")
     return 0
 
 
@@ -106,11 +110,11 @@ def _skeleton(folder: str | None) -> Any:
     return skeleton(config)
 
 
-def _captured(args: argparse.Namespace, backend: str) -> Any:
+def _captured(args: argparse.Namespace) -> Any:
     """A model without numbers, compiled on one batch: what the passes do depends on names and shapes alone."""
     rewrite.parse(args.spec)  # before anything slow
     with waiting("capture the graph"):
-        model = rewrite.compile(_skeleton(args.model), args.spec, backend=backend)
+        model = rewrite.compile(_skeleton(args.model), args.spec, backend="eager")
         batch = inputs_of(model, args.batch, args.length)
         try:
             model(**batch)
@@ -170,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_shape(counted)
     counted.add_argument("--json", metavar="FILE", help="write the numbers")
+    counted.add_argument("--png", metavar="FILE", help="draw the memory as bars")
     listed = _command(commands, "methods", methods, "list the methods and their arguments", "lora")
     listed.add_argument("names", nargs="*", metavar="method", help="only these")
     listed.add_argument("--markdown", action="store_true", help="a table, as docs/methods.md has it")

@@ -1,7 +1,8 @@
 """report: what a model holds and what training it takes, in parameters, bytes and floating-point operations.
 
-Adapters, gradients and optimizer state are closed forms; what a training step saves for its backward is counted
-from the graphs that were captured.  Nothing runs, and nothing is measured on a device.
+Adapters, gradients and optimizer state are closed forms; what a training step saves for its backward, and the memory
+at its peak, are counted from graphs: those that were captured, or those of a step that is counted for the occasion
+(`rewrite.estimate`).  Nothing is measured on a device.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from rewrite.errors import RewriteError
+from rewrite.errors import ResolveError, RewriteError
+from rewrite.estimate import Estimate, Estimator, batch_of
 from rewrite.explain import base_rows, graph_heading
 from rewrite.passes.record import GraphRecord, summarise
+from rewrite.progress import waiting
 from rewrite.runtime.attach import attachment
 from rewrite.runtime.captures import records_of
 from rewrite.runtime.files import write
 from rewrite.runtime.holdings import Held, holdings
+from rewrite.runtime.scaling import Counts
+from rewrite.spec import Spec
+from rewrite.structure.inputs import Inputs
 from rewrite.table import flops, share, size, table
 
 _LARGEST = 10  # groups of saved storages that a table shows
+_FULL = "full fine-tuning"
+_LORA = ("lora(r=8)@linear-head", "lora(r=8)@linear")
+"""Plain LoRA, to stand beside other specs: the first that a model has sites for."""
 
 
 @dataclass(frozen=True)
@@ -52,22 +61,37 @@ class Saved:
 
 @dataclass(frozen=True)
 class Graph:
-    """A captured training graph; `saved` and the operations are None where nothing was counted, with the reason."""
+    """The graphs of a training step.
+
+    `saved` (by the min-cut partition), its bytes by the `default` partition, which are those of an eager step, the
+    operations, and `peak`, the most bytes beside parameters and optimizer state over the schedule of the step, are
+    None where they were not counted, with the reason.
+    """
 
     heading: str
     saved: tuple[Saved, ...] | None = None
     forward_flops: int | None = None
     backward_flops: int | None = None
+    default_saved_bytes: int | None = None
+    peak_bytes: int | None = None
     uncounted: str = ""
 
     @property
     def saved_bytes(self) -> int:
         return sum(s.bytes for s in self.saved or ())
 
+    @property
+    def flops(self) -> int:
+        """Forward and backward."""
+        return (self.forward_flops or 0) + (self.backward_flops or 0)
+
 
 @dataclass(frozen=True)
 class Report:
-    """Parameters, bytes and operations of training a model as it is now; prints as tables."""
+    """Parameters, bytes and operations of training a model; prints as tables.
+
+    `beside` are reports of the same step by other means, to compare with.
+    """
 
     model: str
     spec: str
@@ -75,11 +99,20 @@ class Report:
     trainable: int
     memory: tuple[Line, ...]
     graphs: tuple[Graph, ...]
+    beside: tuple[Report, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
         """Everything in `memory`, and the largest of what a training graph saves for its backward."""
         return sum(line.bytes for line in self.memory) + max((g.saved_bytes for g in self.graphs), default=0)
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The most bytes at any time of a step: parameters, optimizer state and the peak of its graphs."""
+        peaks = [g.peak_bytes for g in self.graphs if g.peak_bytes is not None]
+        held = sum(line.bytes for line in self.memory if line.what != "gradients")  # the graphs make those
+        return held + max(peaks) if peaks else None
 
     def __str__(self) -> str:
         head = f"{self.model}: {self.spec or 'nothing is attached'}"
@@ -89,33 +122,115 @@ class Report:
         if any(g.saved is not None for g in self.graphs):
             rows.append(("saved for backward", "", "", size(max(g.saved_bytes for g in self.graphs))))
         rows.append(("total", "", "", size(self.bytes)))
+        if self.peak_bytes is not None:
+            rows.append(("peak, operator by operator", "", "", size(self.peak_bytes)))
         parts = ["\n".join([head, count]), "\n".join(table(rows, right={2, 3}))]
-        return "\n\n".join([*parts, *("\n".join(_graph_lines(g)) for g in self.graphs)])
+        parts += ["\n".join(_graph_lines(g)) for g in self.graphs]
+        if self.beside:
+            parts.append("\n".join(_comparison([self, *self.beside])))
+        if self.notes:
+            parts.append("\n".join(f"note: {note}" for note in self.notes))
+        return "\n\n".join(parts)
 
     __repr__ = __str__
 
-    def to_json(self) -> str:
-        """Everything, as JSON; bytes and operations as plain numbers."""
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data; bytes and operations as plain numbers."""
         graphs = [asdict(g) | {"saved_bytes": g.saved_bytes if g.saved is not None else None} for g in self.graphs]
-        return json.dumps(asdict(self) | {"bytes": self.bytes, "graphs": graphs}, indent=2)
+        beside = [one.to_dict() for one in self.beside]
+        return asdict(self) | {
+            "bytes": self.bytes, "peak_bytes": self.peak_bytes, "graphs": graphs, "beside": beside
+        }  # fmt: skip
+
+    def to_json(self) -> str:
+        """Everything, as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
 
     def to_png(self, path: str | os.PathLike[str]) -> Path:
-        """Draw the memory of a training step as one stacked bar; returns where the picture is."""
+        """Draw the memory of a training step as a stacked bar, those beside it below; returns where the picture is."""
+        from rewrite.bars import picture
+
         file = Path(path)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            write(file, _picture(self))
+            write(file, picture(self.model, [(one.spec, one.parts()) for one in (self, *self.beside)]))
         except OSError as error:
             raise RewriteError(f"cannot write the picture to {file}: {error}") from error
         return file
 
+    def parts(self) -> dict[str, int]:
+        """What `bytes` is the sum of, by name."""
+        found = {line.what: line.bytes for line in self.memory}
+        saved = max((g.saved_bytes for g in self.graphs), default=0)
+        return found | {"saved for backward": saved} if saved else found
 
-def report(model: nn.Module) -> Report:
-    """What `model` holds and what a training step of it takes, from what is known without running it.
 
-    Example: `print(rewrite.report(model))`.  Units: bytes; floating-point operations, 2 per multiply-add.  The
-    optimizer is taken to be AdamW (Loshchilov & Hutter 2019).
+def report(
+    model: nn.Module,
+    spec: str | Spec | None = None,
+    *,
+    tokens: int | None = None,
+    batch: int = 1,
+    inputs: Inputs | Mapping[str, Any] | Sequence[Any] | None = None,
+) -> Report:
+    """What `model` holds and what a training step of it takes.
+
+    With `tokens` (a row, `batch` rows) or `inputs`, a batch of those sizes, a step is counted under fake tensors: of a
+    bare model with `spec` attached to a copy, or of the model as it is, with full fine-tuning and plain LoRA beside
+    it.  The model stays as it is, may be of any size and on the meta device.  Without them, what is known from the
+    graphs that were captured.  Units: bytes; floating-point operations, 2 per multiply-add.  The optimizer is taken to
+    be AdamW (Loshchilov & Hutter 2019).
+
+    Raises `RewriteError` where a model cannot run without numbers, `SpecError` as `rewrite.plan`.
+
+    Example: `print(rewrite.report(model, "lora(r=8)@attn.q,v + nf4(base)", tokens=512))`
     """
+    if tokens is None and inputs is None:
+        if spec is not None:
+            raise RewriteError("a spec is counted on a batch: say how many tokens=..., or pass inputs={...}")
+        return _as_captured(model)
+    if spec is not None and (state := attachment(model)) is not None:
+        raise RewriteError(
+            f"this model has '{state.spec}' attached: leave the spec out, or rewrite.remove(model) first"
+        )
+    given = Inputs.of(inputs) if inputs is not None else batch_of(model, tokens or 1, batch)
+    name = type(model).__name__
+    with waiting("count a training step"):
+        estimator = Estimator(model, given)
+        estimate = estimator.estimate(spec) if spec is not None else estimator.as_it_is()
+        beside = [counted_report(name, estimator.full(), str(given), _FULL)]
+        if (lora := _lora(estimator)) is not None and lora.spec != estimate.spec:
+            beside.append(counted_report(name, lora, str(given)))
+    return counted_report(name, estimate, str(given), beside=beside)
+
+
+def counted_report(
+    model: str, estimate: Estimate, batch: str, label: str = "", beside: Sequence[Report] = ()
+) -> Report:
+    """The report of a step that was counted on a batch of these sizes."""
+    held, counts = estimate.held, estimate.counts
+    return Report(
+        model,
+        label or estimate.spec,
+        sum(h.parameters for h in held if h.base),
+        sum(h.parameters for h in held if h.trains),
+        tuple(_memory(held)),
+        (_counted(counts, batch),),
+        tuple(beside),
+        estimate.notes,
+    )
+
+
+def _lora(estimator: Estimator) -> Estimate | None:
+    for spec in _LORA:
+        try:
+            return estimator.estimate(spec)
+        except ResolveError:  # a model without such sites
+            continue
+    return None
+
+
+def _as_captured(model: nn.Module) -> Report:
     state, held = attachment(model), holdings(model)
     return Report(
         type(model).__name__,
@@ -155,6 +270,24 @@ def _graph(record: GraphRecord, backend: str | None) -> Graph:
     return Graph(graph_heading(record), saved, counts["forward_flops"], counts["backward_flops"])
 
 
+def _counted(counts: Counts, batch: str) -> Graph:
+    if not counts.graphs:
+        return Graph(f"one step, {batch}", uncounted="nothing in it needs a gradient")
+    graphs = "" if counts.graphs == 1 else f", in {counts.graphs:.0f} graphs"
+    saved = [
+        Saved(where or "(model)", shape, dtype, round(count), round(total))
+        for (where, shape, dtype), (count, total) in counts.saved.items()
+    ]
+    return Graph(
+        f"one step, {batch}{graphs}",
+        tuple(sorted(saved, key=lambda s: -s.bytes)),
+        round(counts.forward_flops),
+        round(counts.backward_flops),
+        round(counts.default_saved),
+        round(counts.peak),
+    )
+
+
 def _grouped(saved: Iterable[dict[str, Any]]) -> list[Saved]:
     """Storages grouped over layers, the largest group first."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
@@ -173,7 +306,8 @@ def _graph_lines(graph: Graph) -> list[str]:
         return [graph.heading, f"  not counted: {graph.uncounted}"]
     work = f"forward {flops(graph.forward_flops)}, backward {flops(graph.backward_flops)}"
     count = sum(s.count for s in graph.saved)
-    lines = [graph.heading, f"{work}; saved for backward: {size(graph.saved_bytes)} in {count:,} storages"]
+    eager = f", {size(graph.default_saved_bytes)} without compiling" if graph.default_saved_bytes is not None else ""
+    lines = [graph.heading, f"{work}; saved for backward: {size(graph.saved_bytes)} in {count:,} storages{eager}"]
     rows = [("saved at", "shape", "dtype", "count", "bytes")]
     rows += [(s.where, _shape(s.shape), s.dtype, f"{s.count:,}", size(s.bytes)) for s in graph.saved[:_LARGEST]]
     if rest := graph.saved[_LARGEST:]:
@@ -185,29 +319,14 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def _picture(report: Report) -> bytes:
-    # Imported here: matplotlib takes half a second to load.
-    import io
-
-    from matplotlib.figure import Figure
-
-    parts = [(line.what, line.bytes) for line in report.memory]
-    if saved := max((g.saved_bytes for g in report.graphs), default=0):
-        parts.append(("saved for backward", saved))
-    figure = Figure(figsize=(9, 2.6), layout="constrained")
-    axes = figure.subplots()
-    colours = ["#3d6da8", "#86a9d4", "#b9cde6", "#b3590b", "#e39a55", "#f1c79c", "#0d7a63", "#6db9a6"]
-    start, scale = 0.0, max(report.bytes, 1)
-    for (name, count), colour in zip(parts, _cycle(colours, len(parts)), strict=True):
-        axes.barh(0, count / scale, left=start, color=colour, edgecolor="white", label=f"{name}  {size(count)}")
-        start += count / scale
-    axes.set(xlim=(0, 1), yticks=[], xlabel=f"share of {size(report.bytes)}", title=f"{report.model}: {report.spec}")
-    axes.spines[["left", "right", "top"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=150)
-    return out.getvalue()
-
-
-def _cycle(colours: Sequence[str], count: int) -> list[str]:
-    return [colours[i % len(colours)] for i in range(count)]
+def _comparison(reports: Sequence[Report]) -> list[str]:
+    """One row a report: what is held, what a step adds to it, and what it computes."""
+    rows = [("", "trainable", "weights", "optimizer", "gradients", "saved", "peak", "joint")]
+    for one in reports:
+        parts, graph = one.parts(), one.graphs[0]
+        weights = sum(line.bytes for line in one.memory if line.parameters or line.what.startswith("base"))
+        rows.append((
+            one.spec or "as it is", f"{one.trainable:,}", size(weights), size(parts.get("AdamW state", 0)),
+            size(parts.get("gradients", 0)), size(graph.saved_bytes), size(one.peak_bytes or 0), flops(graph.flops),
+        ))  # fmt: skip
+    return table(rows, right=set(range(1, 8)))

@@ -258,16 +258,22 @@ def _restore(module: nn.Module, path: str, graft: Graft, state: Attachment) -> N
     if ours and parametrize.is_parametrized(module, graft.tensor):
         value = original(module, graft.tensor)  # it is frozen: as it was, and the same object for all that share it
         if value is None:
-            key, now = f"{path}.{graft.tensor}", getattr(module, graft.tensor)
-            if key not in state.originals:
-                raise RewriteError(f"the original of {key} was not kept: it was on the meta device when attached")
-            # `model.to(...)` may have moved or cast the model since
-            value = nn.Parameter(state.originals.restore(key).to(now.device, now.dtype), requires_grad=False)
+            value = nn.Parameter(_kept(state, f"{path}.{graft.tensor}", getattr(module, graft.tensor)), False)
         put_back(module, graft.tensor, value, state.order[path])
     for name in graft.slots if graft.where == "train" else ():
         if (key := graft.key(name)) in state.originals:
             with torch.no_grad():
-                module.get_parameter(name).copy_(state.originals.restore(key))
+                parameter = module.get_parameter(name)
+                parameter.copy_(_kept(state, key, parameter))
+
+
+def _kept(state: Attachment, key: str, now: Tensor) -> Tensor:
+    """A base tensor as it was, where and of the dtype that the model is `now`: it may have been moved or cast."""
+    if now.device.type == "meta":  # there are no numbers to bring back
+        return torch.empty_like(now)
+    if key not in state.originals:
+        raise RewriteError(f"the original of {key} was not kept: it was on the meta device when attached")
+    return state.originals.restore(key).to(now.device, now.dtype)
 
 
 def put_back(module: nn.Module, name: str, value: nn.Parameter, order: Sequence[str]) -> None:

@@ -29,6 +29,13 @@ class Inputs:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
 
+    @staticmethod
+    def of(batch: Inputs | Mapping[str, Any] | Sequence[Any]) -> Inputs:
+        """Keyword arguments as a mapping, positional ones as a sequence."""
+        if isinstance(batch, Inputs):
+            return batch
+        return Inputs((), dict(batch)) if isinstance(batch, Mapping) else Inputs(tuple(batch))
+
     def __str__(self) -> str:
         named = [*((f"#{index}", value) for index, value in enumerate(self.args)), *self.kwargs.items()]
         return ", ".join(f"{name}={list(v.shape) if isinstance(v, Tensor) else v}" for name, v in named)
