@@ -212,12 +212,12 @@ def test_diff_of_a_folder(capsys: pytest.CaptureFixture[str], folder: Folder, na
 def captured() -> nn.Module:
     """The built-in model after `rewrite diff` has captured it."""
     args = argparse.Namespace(model=None, spec="lora(r=4)@attn.q,v", batch=2, length=16)
-    return cli._captured(args, "eager")
+    return cli._captured(args)
 
 
 @pytest.fixture
 def no_capture(captured: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_captured", lambda args, backend: captured)
+    monkeypatch.setattr(cli, "_captured", lambda args: captured)
 
 
 @pytest.mark.usefixtures("no_capture")
@@ -231,12 +231,14 @@ def test_diff_writes_a_page_and_json(capsys: pytest.CaptureFixture[str], tmp_pat
     assert len(found["graphs"]) == 1
 
 
-@pytest.mark.usefixtures("no_capture")
-def test_report_writes_json(capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    data = tmp_path / "report.json"
-    assert main(["report", "--spec", "lora(r=4)@attn.q,v", "--json", str(data)]) == 0
+def test_report_writes_json_and_a_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    data, picture = tmp_path / "report.json", tmp_path / "report.png"
+    assert main(["report", "--spec", "lora(r=4)@attn.q,v", "--json", str(data), "--png", str(picture)]) == 0
     assert capsys.readouterr().out == ""
-    assert json.loads(data.read_text(encoding="utf-8"))["spec"] == "lora(r=4)@attn.q,v"
+    found = json.loads(data.read_text(encoding="utf-8"))
+    assert found["spec"] == "lora(r=4)@attn.q,v"
+    assert [one["spec"] for one in found["beside"]] == ["full fine-tuning", "lora(r=8)@linear-head"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.usefixtures("no_capture")
@@ -253,7 +255,7 @@ def test_report_counts_the_batch_that_is_asked_for(capsys: pytest.CaptureFixture
     argv = ["report", "--model", folder("llama"), "--spec", "lora(r=4)@attn.q,v", "--batch", "3", "--length", "40"]
     assert main(argv) == 0
     out = capsys.readouterr().out
-    assert "input_ids int64[3, 40]" in out
+    assert "input_ids=[3, 40]" in out
     assert "saved for backward" in out
     assert "3x40x32" in out
     assert "not counted" not in out
