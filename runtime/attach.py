@@ -174,8 +174,7 @@ def _attach_weight(model: nn.Module, graft: Graft, adapter, values, state: Attac
 def _attach_storage(model: nn.Module, graft: Graft, adapter, values, state: Attachment) -> None:
     module = _parametrised(model, graft.path, state)
     weight = module.get_parameter(graft.tensor)
-    if weight.device.type != "meta":
-        state.originals.keep(f"{graft.path}.{graft.tensor}", weight)
+    state.originals.keep(f"{graft.path}.{graft.tensor}", weight)
     parametrize.register_parametrization(module, graft.tensor, Stored(graft, weight.dtype), unsafe=True)
     held: Any = module._modules["parametrizations"]
     held[graft.tensor].__dict__["_apply"] = types.MethodType(keep_bits, held[graft.tensor])

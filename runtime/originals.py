@@ -37,7 +37,9 @@ class Originals:
         return self  # what is kept never changes, so copies of a model share it
 
     def keep(self, name: str, tensor: torch.Tensor) -> None:
-        """Store a copy of `tensor`; raises `RewriteError` when the disk cannot hold it."""
+        """Store a copy of `tensor`, if it has numbers; raises `RewriteError` when the disk cannot hold it."""
+        if tensor.device.type == "meta":
+            return
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="rewrite-"))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)

@@ -40,7 +40,7 @@ def ids(rows: int = 4, tokens: int = 96) -> dict[str, Any]:
     ("spec", "dtype"), [("", torch.float32), ("", torch.bfloat16), ("lora(r=8)@linear", torch.float32)]
 )
 def test_the_default_partition_keeps_what_eager_autograd_keeps(spec: str, dtype: torch.dtype):
-    model = llama(8, dtype, spec)
+    model = llama(6, dtype, spec)
     eager = sum(t.untyped_storage().nbytes() for t in kept(model, ids()).values())
     (record,) = dry_run(model, kwargs=ids())
     default = sum(s["bytes"] for s in record.counts["default_saved"])
@@ -79,7 +79,7 @@ def test_a_copy_without_numbers_keeps_what_is_shared():
 
 @pytest.mark.parametrize("spec", ["lora(r=4)@linear", "lora(r=4)@attn.q[-5:],v[-5:] + nf4(base)", "full(norm)"])
 def test_alike_blocks_are_counted_as_if_they_were_run(spec: str):
-    model = llama(9, torch.bfloat16, spec, device="meta")
+    model = llama(7, torch.bfloat16, spec, device="meta")
     whole = counted(model, (), ids(), ())
     short = counted(model, (), ids(), ("model.layers",))
     assert short.saved == whole.saved
@@ -93,7 +93,7 @@ def test_runs_of_blocks():
     kinds = {"a": lambda: nn.Linear(3, 3, bias=False), "b": lambda: nn.LayerNorm(3), "c": nn.ReLU}
     model = nn.Sequential(nn.Sequential(*(kinds[kind]() for kind in "caaaaaabababababbbcc")))
     model.requires_grad_(False)
-    assert list(runs_of(model, "0")) == [Run("0", 1, 1, 6), Run("0", 7, 2, 5)]
+    assert list(runs_of(model, "0")) == [Run("0", 1, 1, 6), Run("0", 7, 2, 4)]
 
 
 def test_peak_of_a_chain():
@@ -106,9 +106,9 @@ def test_peak_of_a_chain():
             return self.down(torch.relu(self.up(x))).sum()
 
     (record,) = dry_run(Chain(), (torch.zeros(10, 8),))
-    wide, narrow, number, up, down = 4 * 10 * 32, 4 * 10 * 4, 4, 4 * 8 * 32, 4 * 32 * 4
+    wide, number, up, down = 4 * 10 * 32, 4, 4 * 8 * 32, 4 * 32 * 4
     peaks = record.counts["peaks"]
-    # up(x) and relu(up(x)), of which the second alone goes on: the mask of the backward comes from it.
-    assert peaks["up"] >= 2 * wide
-    # relu(up) for its mask, dy and dx of the relu, and the gradient of `down` are alive together, no view of dy is.
-    assert max(peaks.values()) == number + 3 * wide + down or max(peaks.values()) == number + 2 * wide + down + up, peaks
+    # Where the gradient of the relu is made: its mask, the gradient that comes in and the zero that it is filled with
+    # are alive, as are the result and the gradient of `down`; the relu itself was read for the last time.
+    assert peaks[""] == max(peaks.values()) == number + down + wide // 4 + number + 2 * wide
+    assert peaks["up"] == number + down + wide + up
