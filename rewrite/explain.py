@@ -20,6 +20,7 @@ from rewrite.runtime.captures import records_of
 from rewrite.runtime.graft import Graft
 from rewrite.runtime.holdings import Held, holdings
 from rewrite.runtime.merge import merge_report
+from rewrite.runtime.regimes import trained
 from rewrite.runtime.switching import in_use
 from rewrite.table import duration, share, size, table
 
@@ -50,7 +51,7 @@ def explain(model: nn.Module) -> Explanation:
         _head(model, state, held),
         _placements(state),
         _base(held),
-        _start(state) + _routes(state) + _use(model, state),
+        _start(state) + _routes(state) + _regimes(model, state) + _use(model, state),
     ]
     parts.append(_calls(model, state, records))
     parts += _graphs(records, state)
@@ -66,8 +67,8 @@ def _without(model: nn.Module, held: Sequence[Held]) -> str:
 
 def _head(model: nn.Module, state: Attachment, held: Sequence[Held]) -> list[str]:
     total = sum(h.parameters for h in held if h.base)
-    trained = sum(h.parameters for h in held if h.trains)
-    count = f"{len(state.grafts):,} placements, {trained:,} trainable ({share(trained, total)} of {total:,})"
+    works = sum(h.parameters for h in held if h.trains)
+    count = f"{len(state.grafts):,} placements, {works:,} trainable ({share(works, total)} of {total:,})"
     return [f"{type(model).__name__}: {state.spec}", count]
 
 
@@ -122,6 +123,19 @@ def _routes(state: Attachment) -> list[str]:
         if graft.route:
             found[graft.label, graft.route].append(graft.path)
     return [f"{label} x{len(paths)} at {summarise(paths)}: {route}" for (label, route), paths in found.items()]
+
+
+def _regimes(model: nn.Module, state: Attachment) -> list[str]:
+    """How what trains is trained, and how much of it is at work now."""
+    tensors = trained(model, state.grafts)
+    works = sum(t.names[0] not in state.resting for t in tensors)
+    found = []
+    for regime in state.regimes:
+        text = f"{works} of {len(tensors)} tensors at work" if regime.choose else f"{regime.gradient} gradients"
+        if regime.gradient == "fused" and state.backend is not None:
+            text += "; a compiled backward hands over those of its graph together"
+        found.append(f"{regime.clause}: {text}")
+    return found
 
 
 def _use(model: nn.Module, state: Attachment) -> list[str]:

@@ -29,7 +29,12 @@ def llama() -> torch.nn.Module:
 
 
 def spec(name: str) -> str:
-    """The method called as plainly as it can be, where it goes by default, or at the first site that it takes."""
+    """The method called as plainly as it can be, where it goes by default, or at the first site that it takes.
+
+    A policy changes nothing by itself: it is tried beside an adapter.
+    """
+    if rewrite.methods()[name].policy:
+        return f"lora(r=3)@linear + {policy(name)}"
     call = next(f"{name}({args})" for args in variants(rewrite.methods()[name]) if binds(f"{name}({args})"))
     if rewrite.methods()[name].default_sites is not None:
         return call
@@ -40,6 +45,17 @@ def spec(name: str) -> str:
         except rewrite.ResolveError:
             continue
     raise AssertionError(f"{name} takes none of {SITES}")
+
+
+def policy(name: str) -> str:
+    """A policy with the first arguments that fit a model of one layer."""
+    for call in (f"{name}({args})".removesuffix("()") for args in variants(rewrite.methods()[name])):
+        try:
+            rewrite.plan(llama(), f"lora(r=3)@linear + {call}")
+            return call
+        except rewrite.Error:
+            continue
+    raise AssertionError(f"{name} does not fit")
 
 
 @functools.cache

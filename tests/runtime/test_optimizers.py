@@ -259,3 +259,53 @@ def test_pieces_and_strides_do_not_matter(monkeypatch):
     whole = noise(torch.zeros(9, 11))
     assert torch.equal(noise(torch.zeros(11, 9).t().contiguous().t()).t().contiguous().view(9, 11), whole)
     assert 1.5 < float(noise(torch.zeros(9, 44)[:, ::4]).std()) < 2.5
+
+
+class Wrapped(nn.Module):
+    """As the Hugging Face `Trainer` wants it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = build()
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        y = self.net(x)
+        return {"loss": y.square().mean(), "logits": y}
+
+
+def trainer(model: nn.Module, folder: str, optimizer: torch.optim.Optimizer | None, **changes: object):
+    transformers = pytest.importorskip("transformers")
+    settings = {"max_steps": 5, "per_device_train_batch_size": 2, "learning_rate": 0.05, "label_names": ["labels"]}
+    settings |= {"report_to": [], "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "max_grad_norm": 0.0}
+    args = transformers.TrainingArguments(output_dir=folder, **{**settings, **changes})
+    data = [{"x": torch.randint(0, 11, (4,)), "labels": torch.zeros(1)} for _ in range(16)]
+    given = {} if optimizer is None else {"optimizers": (optimizer, None)}
+    return transformers.Trainer(model, args, train_dataset=data, callbacks=[rewrite.trainer_callback()], **given)
+
+
+@pytest.mark.parametrize("spec", ["lisa(active=1, every=1)", "fused_update", "lora@linear + ist(active=1, every=2)"])
+def test_the_trainer_takes_its_optimizer(tmp_path, spec):
+    model = rewrite.attach(Wrapped(), spec)
+    before = frozen(model)
+    trainer(model, str(tmp_path), rewrite.optimizer(model, torch.optim.AdamW, lr=0.05)).train()
+    assert changed(before, frozen(model))
+    assert require(model).steps == 5
+
+
+@pytest.mark.parametrize(
+    ("spec", "mine", "changes", "message"),
+    [
+        ("mezo", True, {}, "it runs a backward pass, and mezo has none"),
+        ("lisa(active=1)", False, {}, "its own optimizer holds what trains now"),
+        ("fused_update", False, {}, "its own optimizer holds what trains now"),
+        ("fused_update", True, {"max_grad_norm": 1.0}, "max_grad_norm=0"),
+        ("fused_update", True, {"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=1"),
+    ],
+)
+def test_the_trainer_refuses_what_it_cannot_do(tmp_path, spec, mine, changes, message):
+    model = rewrite.attach(Wrapped(), spec)
+    before = frozen(model)
+    made = rewrite.optimizer(model, torch.optim.SGD, lr=0.05) if mine else None
+    with pytest.raises(rewrite.RewriteError, match=message):
+        trainer(model, str(tmp_path), made, **changes).train()
+    assert not changed(before, frozen(model))

@@ -250,3 +250,10 @@ def test_what_is_stored_does_not_train():
     assert "lisa trains all of the model but for the 14 stored weights" in str(
         rewrite.plan(llama(num_hidden_layers=2), "nf4(base) + lisa(active=1)")
     )
+
+
+def test_explain_says_what_is_at_work():
+    model = rewrite.compile(build(), "lora(r=2)@linear + lisa(active=1) + fused_update", backend="eager")
+    text = rewrite.explain(model)
+    assert "lisa(active=1)@blocks: 6 of 18 tensors at work" in text
+    assert "fused_update: fused gradients; a compiled backward hands over those of its graph together" in text
