@@ -31,7 +31,8 @@ from rewrite.runtime.training import gradient_of
 from rewrite.table import duration, share, table
 
 Say = Callable[[str], None]
-_ZEROTH = 1e-4
+_RATES = {(False, True): 1e-2, (False, False): 2e-4, (True, True): 1e-3, (True, False): 1e-6}
+"""Learning rates by whether gradients are estimated (`mezo`) and whether the model is the built-in one."""
 
 
 @dataclass
@@ -72,6 +73,8 @@ def finetune(job: Job, say: Say = print) -> Result:
     torch.manual_seed(job.seed)
     parameters = sum(p.numel() for p in model.parameters())
     rewrite.compile(model, job.spec, backend=job.backend, dynamic=False)
+    if gradient_of(model) == "fused":
+        say("note     fused_update applies gradients before their norm is known: they are not clipped\n")
     curve = _adapt(job, request, model)
     result = Result(
         spec=request.spec,
@@ -106,9 +109,10 @@ def _base(job: Job, say: Say) -> Base:
 
 
 def _adapt(job: Job, request: Request, model: nn.Module) -> Curve:
-    lr = job.learning_rate or (1e-2 if job.model is None else 2e-4)
-    if gradient_of(model) == "zeroth":  # the rule of the paper; its rates are those of a sum over all parameters
-        optimizer = rewrite.optimizer(model, torch.optim.SGD, lr=job.learning_rate or _ZEROTH)
+    zeroth, built_in = gradient_of(model) == "zeroth", job.model is None
+    lr = job.learning_rate or _RATES[zeroth, built_in]
+    if zeroth:  # the rule of the paper
+        optimizer = rewrite.optimizer(model, torch.optim.SGD, lr=lr)
     else:
         optimizer = rewrite.optimizer(model, torch.optim.AdamW, lr=lr, fused=True)
     return train(

@@ -25,8 +25,8 @@ class Job:
     """What to fine-tune, on what, and where to: the arguments of `rewrite finetune`.
 
     `model` and `data` are local paths, None the built-in ones.  `length` is in tokens, None as many as the model
-    takes up to 256; `learning_rate` None is 1e-2 for the built-in model and 2e-4 for others.  `pretrain_steps` is
-    for the built-in model, and `save_base` a new folder to keep it in.
+    takes up to 256; `learning_rate` None is 1e-2 for the built-in model and 2e-4 for others, with `mezo` 1e-3 and 1e-6.
+    `pretrain_steps` is for the built-in model, and `save_base` a new folder to keep it in.
     """
 
     out: str

@@ -65,7 +65,7 @@ def train(
         # The first step may compile for half a minute: the bar shows that time passes.
         ids = rows.to(device)
 
-        def closure(ids: torch.Tensor = ids) -> torch.Tensor:
+        def closure(ids: torch.Tensor = ids) -> Any:
             optimizer.zero_grad()
             loss = model(input_ids=ids, labels=ids).loss
             if loss.requires_grad:

@@ -198,7 +198,7 @@ def test_green_weighs_tensors_by_gradient_times_update(monkeypatch):
     monkeypatch.setattr(Green, "selected", selected)
     model = rewrite.attach(build(), "green")
     optimizer = rewrite.optimizer(model, torch.optim.Adam, lr=0.01)
-    history = [frozen(model)]
+    history, gradients = [frozen(model)], dict[str, torch.Tensor]()
     for number in range(3):
         optimizer.zero_grad()
         loss(model, number).backward()
