@@ -1,0 +1,153 @@
+"""Codecs of saved activations: floating-point values as 8-bit codes with a scale per group of the last dimension.
+
+The reference in plain PyTorch.  It is what eager runs, and what a pass traces into the graphs that Inductor compiles.
+A value that is not finite is decoded as NaN, and takes no part in the scale of its group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How a tensor is kept in fewer bits: `encode` makes the stored tensors, `decode` its values back.
+
+    Codes have the shape (..., n) of the tensor, scales (..., ceil(n / group)).
+    """
+
+    group: int = 128
+    name: ClassVar[str]
+    code: ClassVar[torch.dtype]
+    largest: ClassVar[float]
+    """The largest value that a code stands for."""
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(codes, scales) of a floating-point tensor (..., n)."""
+        groups = _grouped(x, self.size(x.shape[-1]))
+        wide = groups.to(torch.promote_types(x.dtype, torch.float32))
+        finite = torch.where(wide.isfinite(), wide, 0)
+        scales = self.scales(finite.abs().amax(-1), x.dtype)
+        codes = self.round(wide / _expanded(self.factors(scales, wide.dtype)))
+        return _flat(codes, x.shape[-1]), scales
+
+    def decode(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        """The values behind what `encode` made, in `dtype`."""
+        codes, scales = stored
+        wide = torch.promote_types(dtype, torch.float32)
+        groups = _grouped(self.values(codes, wide), self.size(codes.shape[-1]))
+        return _flat((groups * _expanded(self.factors(scales, wide))).to(dtype), codes.shape[-1])
+
+    def bytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        """What the stored tensors of a tensor of that shape and dtype take."""
+        rows, n = torch.Size(shape[:-1]).numel(), shape[-1]
+        return rows * (n + -(-n // self.size(n)) * self.scale_dtype(dtype).itemsize)
+
+    def size(self, n: Any) -> Any:
+        """Values in one group of a row of n."""
+        return min(self.group, n) if isinstance(n, int) and n else self.group
+
+    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the scales of a tensor of `dtype`."""
+        raise NotImplementedError
+
+    def scales(self, largest: Tensor, dtype: torch.dtype) -> Tensor:
+        """The stored scales of groups with these largest magnitudes."""
+        raise NotImplementedError
+
+    def factors(self, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """What codes are multiplied by, in `dtype`; never zero."""
+        raise NotImplementedError
+
+    def round(self, values: Tensor) -> Tensor:
+        """Codes of values that were divided by their factor."""
+        raise NotImplementedError
+
+    def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """The values of codes, before they are multiplied."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Fp8(Codec):
+    """float8 e4m3 (3 bits of mantissa) times a power of two per group: a relative error of at most 2^-4.
+
+    The scale is one byte, the biased exponent of a float32; so values that differ by a power of two from what e4m3
+    represents come back exactly.
+    """
+
+    name = "fp8"
+    code = torch.float8_e4m3fn
+    largest = 448.0
+
+    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.uint8
+
+    def scales(self, largest: Tensor, dtype: torch.dtype) -> Tensor:
+        exponent = largest.to(torch.float32).view(torch.int32) >> 23  # biased: largest < 2^(exponent - 126)
+        return (exponent - 7).clamp(1, 247).to(torch.uint8)  # so that the largest code is between 128 and 256
+
+    def factors(self, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        return (scales.to(torch.int32) << 23).view(torch.float32).to(dtype)
+
+    def round(self, values: Tensor) -> Tensor:
+        bounded = torch.where(values.isfinite(), values.clamp(-self.largest, self.largest), torch.nan)
+        return bounded.to(torch.float32).to(self.code)
+
+    def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        return codes.to(torch.float32).to(dtype)
+
+
+@dataclass(frozen=True)
+class Int8(Codec):
+    """Whole numbers from -127 to 127 times a scale per group: an error of at most 1/254 of the largest of the group.
+
+    Scales are bfloat16 for tensors of 16 bits, else float32.
+    """
+
+    name = "int8"
+    code = torch.int8
+    largest = 127.0
+
+    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.bfloat16 if dtype.itemsize == 2 else torch.float32
+
+    def scales(self, largest: Tensor, dtype: torch.dtype) -> Tensor:
+        return (largest / self.largest).to(self.scale_dtype(dtype))
+
+    def factors(self, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        wide = scales.to(dtype)
+        return torch.where(wide > 0, wide, 1)
+
+    def round(self, values: Tensor) -> Tensor:
+        bounded = values.round().clamp(-self.largest, self.largest)  # -128 stands for what is not finite
+        return torch.where(values.isfinite(), bounded, -128).to(self.code)
+
+    def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.where(codes == -128, torch.nan, codes.to(dtype))
+
+
+CODECS: dict[str, type[Codec]] = {cls.name: cls for cls in (Fp8, Int8)}
+"""The codecs by the name that a spec has for them."""
+
+
+def _grouped(x: Tensor, group: Any) -> Tensor:
+    """(..., n) as (..., groups, group), zeros after the last value."""
+    rest = -x.shape[-1] % group
+    x = x if isinstance(rest, int) and rest == 0 else F.pad(x, (0, rest))
+    return x.unflatten(-1, (x.shape[-1] // group, group))
+
+
+def _expanded(factors: Tensor) -> Tensor:
+    return factors.unsqueeze(-1)
+
+
+def _flat(groups: Tensor, n: Any) -> Tensor:
+    flat = groups.flatten(-2)
+    return flat if isinstance(n, int) and flat.shape[-1] == n else flat.narrow(-1, 0, n).contiguous()
