@@ -20,7 +20,7 @@ from typing import Any, cast
 from rewrite.aliases import Aliases
 from rewrite.errors import SpecError, nearest
 from rewrite.lexer import brief
-from rewrite.parser import parse_sites
+from rewrite.parser import TWICE, parse_sites
 from rewrite.spec import (
     Bool,
     Call,
@@ -36,6 +36,7 @@ from rewrite.spec import (
     Str,
     Tuple,
     Value,
+    known_role,
 )
 
 _LISTED = 12  # a hint names at most this many known names
@@ -53,6 +54,7 @@ class Argument:
     limits: Mapping[str, float | None]
     choices: Mapping[str, type] | tuple[str, ...] | None
     help: str
+    positional: bool = False  # written without its name: save(fp8)
 
     @property
     def required(self) -> bool:
@@ -100,6 +102,7 @@ def arguments(cls: type) -> tuple[Argument, ...]:
             limits=field.metadata.get("limits", {}),
             choices=field.metadata.get("choices"),
             help=field.metadata.get("help", ""),
+            positional=field.metadata.get("positional", False),
         )
         for field in dataclasses.fields(cls)
         if field.init
@@ -142,22 +145,36 @@ def canonical(spec: Spec, methods: Mapping[str, type]) -> str:
 
 
 def _ordered(clause: Clause, cls: type) -> Clause:
+    clause = _valued(clause, cls)
     positional = clause.sites is not None and _positional(cls)
     return replace(clause, call=_ordered_call(clause.call, cls), positional=positional)
 
 
 def _ordered_call(call: Call, cls: type) -> Call:
     written = {keyword.name: keyword for keyword in call.kwargs}
-    kwargs: list[Keyword] = []
+    args, kwargs = list(call.args), list[Keyword]()
     for argument in arguments(cls):
         if argument.name not in written:
+            continue
+        if argument.positional:
+            args.append(written[argument.name].value)
             continue
         keyword = written[argument.name]
         if isinstance(keyword.value, Call) and isinstance(argument.choices, Mapping):
             chosen = argument.choices[keyword.value.name]
             keyword = replace(keyword, value=_ordered_call(keyword.value, chosen))
         kwargs.append(keyword)
-    return replace(call, kwargs=tuple(kwargs))
+    return replace(call, args=tuple(args), kwargs=tuple(kwargs))
+
+
+def _valued(clause: Clause, cls: type) -> Clause:
+    """The clause of a method with a positional argument: words in its parentheses are values, not sites."""
+    if not clause.positional or clause.sites is None or not any(a.positional for a in arguments(cls)):
+        return clause
+    words = tuple(Name(str(term), term.span) for term in clause.sites.terms)
+    return replace(
+        clause, call=replace(clause.call, args=clause.call.args + words), sites=None, positional=False
+    )
 
 
 def _positional(cls: type) -> bool:
@@ -185,9 +202,16 @@ class _Binder:
             hint = f"did you mean '{close[0]}'?" if close else f"known: {listed(self.methods) or 'none'}"
             raise self.error(call.name_span, f"unknown method '{brief(call.name)}'", hint)
         cls = self.methods[call.name]
-        method = self.instance(cls, call)
+        clause = _valued(clause, cls)
+        self.twice(clause, cls)
+        method = self.instance(cls, clause.call)
+        self.marked(clause, method)
         if _whole(cls):
             self.no_sites(clause)
+        if (_whole(cls) or getattr(cls, "policy", False)) and clause.label is not None:
+            message = f"{call.name} is no adapter: it cannot be called '{brief(clause.label)}'"
+            raise self.error(clause.span, message, f"write {replace(clause, label=None)}")
+        if _whole(cls) or (clause.sites is None and getattr(cls, "anywhere", False)):
             return Bound(method, clause)
         if clause.sites is None:
             return Bound(method, self.placed(clause, cls))
@@ -203,20 +227,37 @@ class _Binder:
             raise self.error(name, message, f"write {brief(fixed, 80)}")
         return replace(clause, sites=parse_sites(default).moved(name))
 
+    def twice(self, clause: Clause, cls: type) -> None:
+        """A word in the parentheses and sites after '@': only a method with a positional argument takes a word there."""
+        words = [value for value in clause.call.args if isinstance(value, Name)]
+        if clause.sites is None or not words or any(a.positional for a in arguments(cls)):
+            return
+        at = self.source.index("@", clause.call.span.stop)
+        word = words[0].value
+        raise self.error(Span(at, at + 1), TWICE, "" if known_role(word) else f"an argument is written {brief(word)}=...")
+
+    def marked(self, clause: Clause, method: Any) -> None:
+        """A clause is marked by '~' where its method is approximate, and only there."""
+        if not hasattr(method, "approximation"):
+            return
+        why, name = method.approximation(clause.approximate), clause.call.name
+        other = f"write {brief(str(replace(clause, approximate=not clause.approximate)), 80)}"
+        if why is not None and not clause.approximate:
+            raise self.error(clause.call.span, f"{brief(str(clause.call))} is approximate: {why}", other)
+        if why is None and clause.approximate:
+            raise self.error(clause.call.span, f"{name} is exact, it needs no '~'", other)
+
     def no_sites(self, clause: Clause) -> None:
-        """A clause about the whole model has neither sites nor a name."""
+        """A clause about the whole model has no sites."""
         name = clause.call.name
         plain = str(replace(clause, sites=None, label=None))
         if clause.sites is not None:
             raise self.error(clause.sites.span, f"{name} is about the whole model, not about sites", f"write {plain}")
-        if clause.label is not None:
-            message = f"{name} is no adapter: it cannot be called '{brief(clause.label)}'"
-            raise self.error(clause.span, message, f"write {plain}")
 
     def instance(self, cls: type, call: Call) -> Any:
         """The dataclass with the call's arguments."""
         known = {argument.name: argument for argument in arguments(cls)}
-        self.no_positional(call, list(known.values()))
+        call = self.named(call, list(known.values()))
         values: dict[str, Any] = {}
         for keyword in call.kwargs:
             if keyword.name not in known:
@@ -234,6 +275,19 @@ class _Binder:
         if complaint:
             raise self.error(call.span, f"{call.name}: {complaint}")
         return made
+
+    def named(self, call: Call, known: Sequence[Argument]) -> Call:
+        """The call with the value of its positional argument under its name."""
+        first = next((argument for argument in known if argument.positional), None)
+        if first is not None and len(call.args) == 1:
+            value = call.args[0]
+            if any(keyword.name == first.name for keyword in call.kwargs):
+                raise self.error(value.span, f"argument '{first.name}' is written twice")
+            return replace(call, args=(), kwargs=(Keyword(first.name, value, value.span), *call.kwargs))
+        if first is not None and len(call.args) > 1:
+            raise self.error(call.args[1].span, f"{call.name} takes one value, sites stand after '@'")
+        self.no_positional(call, known)
+        return call
 
     def no_positional(self, call: Call, known: Sequence[Argument]) -> None:
         if not call.args:

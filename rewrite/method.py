@@ -46,16 +46,19 @@ def arg(
     below: float | None = None,
     choices: Mapping[str, type] | tuple[str, ...] | None = None,
     help: str = "",
+    positional: bool = False,
 ) -> Any:
     """A dataclass field that is also a spec argument.
 
     `low <= value <= high`, `above < value < below`.  `choices` is a tuple of names (`scale=rs`), or a
-    mapping name -> dataclass for values with arguments of their own (`init=pissa(niter=4)`).
+    mapping name -> dataclass for values with arguments of their own (`init=pissa(niter=4)`).  A `positional` one is
+    written without its name (`save(fp8)`).
 
     >>> r: int = arg(8, low=1, help="rank")
     """
     limits = {"low": low, "high": high, "above": above, "below": below}
-    return dataclasses.field(default=default, metadata={"limits": limits, "choices": choices, "help": help})
+    metadata = {"limits": limits, "choices": choices, "help": help, "positional": positional}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +130,10 @@ class Method:
 
     def note(self, site: Site) -> str | None:
         """What a user should know about this method at a site, or None; the plan says it once for all alike."""
+
+    def approximation(self, marked: bool) -> str | None:
+        """What is approximate about a clause that a leading `~` marks, or does not, or None: only such are marked."""
+        return None
 
     def delta(self, **theta: Any) -> Form:
         """A structured update of the weight; with a parameter `shape`, it is told (d_out, d_in) too."""

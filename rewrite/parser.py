@@ -16,8 +16,8 @@
     number  = 8 | 0.5 | .5 | 1e-3          string = "..." | '...'          regex = /.../ with \\/ for a slash
     blanks and newlines are free; "#" starts a comment that ends with its line
 
-Between the parentheses of a clause a bare word, string or regex is a site (`nf4(base)`); inside a nested call
-and after "=" it is a value.  A site word that a `let` has defined is that alias (`rewrite.bind` expands it).
+Between the parentheses of a clause a bare word, string or regex is a site (`nf4(base)`); inside a nested call,
+after "=", and where sites follow an "@" (`save(fp8)@ffn`) a word is a value.  A site word that a `let` has defined is that alias (`rewrite.bind` expands it).
 Whether a method or an argument exists is not asked here.
 """
 
@@ -59,6 +59,7 @@ _EXAMPLE = "write for example lora(r=8)@attn.q,v"
 _MINUS = "'-' stands right behind what it removes from: linear-head"
 _PLUS = "methods are joined by '+'"
 _ENDS = {"(": _PLUS, ";": f"only a 'let' ends in ';': {_PLUS}"}
+TWICE = "sites are written twice: in the parentheses and after '@'"
 _LET = f"write for example {LET} mixer = 'blocks.*.mixer'; lora@mixer"
 _NOT_NUMBERS = ("nan", "inf", "infinity")
 _KINDS: dict[str, Literal["role", "glob", "regex", "alias"]] = {"word": "role", "string": "glob", "regex": "regex"}
@@ -189,10 +190,7 @@ class _Parser:
     def twice(self, clause: Clause, first: Term) -> SpecError:
         if not clause.positional:
             return self.lexer.error(*self.token.span, "only one '@' per clause")
-        flag = first.kind == "role" and "." not in first.text and not known_role(first.text)
-        message = "sites are written twice: in the parentheses and after '@'"
-        hint = f"an argument is written {brief(first.text)}=..." if flag else ""
-        return self.lexer.error(*self.token.span, message, hint)
+        return self.lexer.error(*self.token.span, TWICE)
 
     def clause(self, what: str) -> Clause:
         start = self.token
@@ -210,6 +208,9 @@ class _Parser:
             after = "a method after '~'" if approximate else f"a method after '{label}:'" if label else what
             name = self.method(after)
         values, terms, kwargs = self.items() if self.token.kind == "(" else ([], [], [])
+        if self.token.kind == "@" and all(map(_bare, terms)):
+            values += [Name(term.text, term.span) for term in terms]
+            terms = []
         call = Call(name.text, tuple(values), tuple(kwargs), self.span(name))
         positional = bool(terms)
         sites = Selector(tuple(terms), Span(terms[0].span.start, terms[-1].span.stop)) if terms else None
@@ -400,6 +401,11 @@ class _Parser:
         if token.kind not in ("word", "string", "number", "regex", "-", "("):
             return self.wanted("an argument or ')'")
         return self.lexer.error(*token.span, f"{token} must stand before the keyword arguments")
+
+
+def _bare(term: Term) -> bool:
+    """Whether a site is written as one word, as a value may be."""
+    return term.kind == "role" and "." not in term.text and term.layers is None and not term.minus
 
 
 def _word(term: Term) -> str:
