@@ -6,6 +6,7 @@ A value that is not finite is decoded as NaN, and takes no part in the scale of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -34,8 +35,8 @@ class Codec:
         wide = groups.to(torch.promote_types(x.dtype, torch.float32))
         finite = torch.where(wide.isfinite(), wide, 0)
         scales = self.scales(finite.abs().amax(-1), x.dtype)
-        codes = self.round(wide / _expanded(self.factors(scales, wide.dtype)))
-        return _flat(codes, x.shape[-1]), scales
+        values = self.round(wide / _expanded(self.factors(scales, wide.dtype)))
+        return _flat(values, x.shape[-1]).to(self.code), scales
 
     def decode(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         """The values behind what `encode` made, in `dtype`."""
@@ -66,7 +67,7 @@ class Codec:
         raise NotImplementedError
 
     def round(self, values: Tensor) -> Tensor:
-        """Codes of values that were divided by their factor."""
+        """Values that were divided by their factor, as codes hold them but for the dtype."""
         raise NotImplementedError
 
     def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -97,8 +98,7 @@ class Fp8(Codec):
         return (scales.to(torch.int32) << 23).view(torch.float32).to(dtype)
 
     def round(self, values: Tensor) -> Tensor:
-        bounded = torch.where(values.isfinite(), values.clamp(-self.largest, self.largest), torch.nan)
-        return bounded.to(torch.float32).to(self.code)
+        return torch.where(values.isfinite(), values.clamp(-self.largest, self.largest), torch.nan)
 
     def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         return codes.to(torch.float32).to(dtype)
@@ -127,7 +127,7 @@ class Int8(Codec):
 
     def round(self, values: Tensor) -> Tensor:
         bounded = values.round().clamp(-self.largest, self.largest)  # -128 stands for what is not finite
-        return torch.where(values.isfinite(), bounded, -128).to(self.code)
+        return torch.where(values.isfinite(), bounded, -128)
 
     def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.where(codes == -128, torch.nan, codes.to(dtype))
@@ -135,6 +135,20 @@ class Int8(Codec):
 
 CODECS: dict[str, type[Codec]] = {cls.name: cls for cls in (Fp8, Int8)}
 """The codecs by the name that a spec has for them."""
+
+
+def memory_order(sizes: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
+    """The dimensions of a tensor from the slowest to the fastest; None where there are gaps between its values.
+
+    >>> memory_order((2, 3, 5), (15, 1, 3)), memory_order((2, 3), (6, 2))
+    ((0, 2, 1), None)
+    """
+    order, expected = sorted(range(len(sizes)), key=lambda d: -strides[d]), 1
+    for d in reversed(order):
+        if sizes[d] != 1 and strides[d] != expected:
+            return None
+        expected *= max(sizes[d], 1)
+    return tuple(order) or None
 
 
 def _grouped(x: Tensor, group: Any) -> Tensor:

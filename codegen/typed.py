@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 import torch
 
-Kind = Literal["branch", "weight", "storage", "tokens"]
+Kind = Literal["branch", "weight", "storage", "tokens", "keep"]
 """What a typed node stands for: `branch(x, y, *theta) -> y'` changes the output of a layer,
 `weight(W, *theta) -> W'` reparameterises a weight, `storage(*stored) -> W` decodes one, `tokens(*theta)` makes what a
-model reads in front of its input."""
+model reads in front of its input, `keep(x) -> x` marks a module that a rule about saved values is about."""
 
 
 @dataclass(frozen=True)

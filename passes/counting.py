@@ -39,6 +39,11 @@ def is_view(node: fx.Node) -> bool:
     return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
+def is_random(node: fx.Node) -> bool:
+    """Whether a node draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
 def base(node: fx.Node) -> fx.Node:
     """The node that allocated the storage behind a chain of views."""
     while node.op == "call_function" and is_view(node):

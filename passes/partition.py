@@ -1,5 +1,8 @@
 """The partitioner: pins what is static, cuts the joint graph by min-cut, and counts what the cut keeps.
 
+Rules about what is kept (`passes.keep`) are carried out here: regions to recompute are tagged before the cut, a
+budget bounds it, and what it keeps is encoded after it.
+
 A thorough one also counts what PyTorch's default partition would keep, which is what an eager step keeps, and plays
 the schedule of both halves for the memory that they take.
 """
@@ -7,41 +10,64 @@ the schedule of both halves for the memory that they take.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
+from unittest import mock
 
 from torch import fx
+from torch._functorch import config, partitioners
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
 
-from rewrite.passes import counting, pin_static
+from rewrite.passes import counting, encode, keep, pin_static, recompute
 from rewrite.passes.gradients import gradient_costs
+from rewrite.passes.keep import Budgeted, Encoded, Recomputed
 from rewrite.passes.peak import peaks
-from rewrite.passes.record import GraphRecord
+from rewrite.passes.record import GraphRecord, PassRecord
+
+_R = TypeVar("_R", bound=keep.Rule)
 
 
 class Partitioner(CustomPartitionerFn):
     """`pin_static`, then PyTorch's min-cut partition; fills `record.counts` with what it found."""
 
-    def __init__(self, record: GraphRecord, thorough: bool = False) -> None:
-        self.record, self.thorough = record, thorough
+    def __init__(
+        self, record: GraphRecord, thorough: bool = False, decompositions: encode.Decompositions | None = None
+    ) -> None:
+        self.record, self.thorough, self.decompositions = record, thorough, decompositions
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        begin = time.perf_counter()
+        outputs = int(kwargs["num_fwd_outputs"])
         static = kwargs.get("static_lifetime_input_indices") or []
-        frozen, trained = _parameters(gm.graph, static, int(kwargs["num_fwd_outputs"]))
-        done = pin_static.pin_static(gm.graph, frozen, trained)
+        frozen, trained = _parameters(gm.graph, static, outputs)
+        self._run(lambda: pin_static.pin_static(gm.graph, frozen, trained))
+        plain = self._default(gm, joint_inputs, **kwargs) if self.thorough else {}
+        plain |= {"gradients": self._gradients(gm, outputs)} if self.thorough else {}
+        if self._rules(Recomputed):
+            self._run(lambda: recompute.recompute(gm.graph))
+        kwargs.setdefault("compiler", "inductor")
+        names = {n.name for n in (*frozen, *trained)}
+        budgets = [rule.fraction for rule in self._rules(Budgeted)]
+        with _bounded(min(budgets), names) if budgets else nullcontext():
+            forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+        if self._rules(Encoded):
+            args = forward, backward, outputs, self.record.rules, self.record, names, self.decompositions
+            self._run(lambda: encode.encode(*args))
+        self.record.counts = self._counts(forward, backward, outputs) | plain
+        return forward, backward
+
+    def _rules(self, kind: type[_R]) -> list[_R]:
+        return [rule for _, rule in self.record.rules if isinstance(rule, kind)]
+
+    def _run(self, step: Callable[[], PassRecord]) -> None:
+        begin = time.perf_counter()
+        done = step()
         done.seconds = time.perf_counter() - begin
         self.record.passes.append(done)
-        plain = self._default(gm, joint_inputs, **kwargs) if self.thorough else {}
-        plain |= {"gradients": self._gradients(gm, int(kwargs["num_fwd_outputs"]))} if self.thorough else {}
-        kwargs.setdefault("compiler", "inductor")
-        forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
-        self.record.counts = self._counts(forward, backward, int(kwargs["num_fwd_outputs"])) | plain
-        return forward, backward
 
     def _counts(self, forward: fx.GraphModule, backward: fx.GraphModule, outputs: int) -> dict[str, Any]:
         saved = counting.saved_for_backward(forward, outputs)
@@ -70,7 +96,25 @@ class Partitioner(CustomPartitionerFn):
 
     def uuid(self) -> Any:
         """Identifies this partitioner in Inductor's caches: the files that decide what it does."""
-        return get_hash_for_files((__file__, pin_static.__file__, counting.__file__))
+        files = (part.__file__ for part in (counting, encode, keep, pin_static, recompute))
+        return get_hash_for_files((__file__, *files), repr(self.record.rules))
+
+
+@contextmanager
+def _bounded(fraction: float, parameters: Collection[str]) -> Iterator[None]:
+    """Bound what min-cut saves.
+
+    It measures the bound from the bytes of all inputs up to what it would save, and so never binds where the
+    parameters that no backward reads, as the embedding of a frozen model, are more than the activations: here
+    parameters count nothing, they live anyway.
+    """
+    size_of = partitioners._size_of
+
+    def size(node: fx.Node) -> int:
+        return 0 if node.op == "placeholder" and node.name in parameters else size_of(node)
+
+    with config.patch(activation_memory_budget=fraction), mock.patch.object(partitioners, "_size_of", size):
+        yield
 
 
 def _parameters(graph: fx.Graph, static: Sequence[int], outputs: int) -> tuple[list[fx.Node], list[fx.Node]]:

@@ -13,12 +13,14 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from rewrite.passes.counting import is_view, module_path
+from rewrite.passes.counting import is_random, is_view, module_path
 from rewrite.passes.record import Edit, PassRecord
 
 aten = torch.ops.aten
 _CASTS = {aten._to_copy.default, torch.ops.prims.convert_element_type.default}
 _MOVES = _CASTS | {aten.cat.default, aten.clone.default, aten.contiguous.default, aten.add.Tensor}
+NO_REGION = 1 << 30
+"""The number of the region that what is pinned belongs to: later than any."""
 _SOURCE = "passes/pin_static.py"
 _EQUATION = "save(f(frozen weights))  ->  recompute f(frozen weights) in the backward"
 
@@ -31,7 +33,7 @@ def pin_static(graph: fx.Graph, frozen: Collection[fx.Node], trained: Collection
         if node.op == "get_attr":
             fixed.add(node)
             moved.add(node)
-        if node.op != "call_function" or _random(node):
+        if node.op != "call_function" or is_random(node):
             continue
         if fixed.issuperset(needs):
             fixed.add(node)
@@ -40,15 +42,11 @@ def pin_static(graph: fx.Graph, frozen: Collection[fx.Node], trained: Collection
         moved.add(node)
         pinned.append(node)
         node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-        # The partitioner reads tags only where a region id stands beside them.
-        node.meta.setdefault("ac_graph_id", 0)
+        # The partitioner reads tags only where a region id stands beside them, and saves what a later region reads.
+        node.meta["ac_graph_id"] = NO_REGION
     # One record per value that something else reads; what it is made of goes without saying.
     edges = [n for n in pinned if n.all_input_nodes and any(user not in moved for user in n.users)]
     return PassRecord("pin_static", [_edit(node) for node in edges])
-
-
-def _random(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _edit(node: fx.Node) -> Edit:

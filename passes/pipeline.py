@@ -14,6 +14,7 @@ from torch import fx
 
 from rewrite.codegen.typed import typed_op
 from rewrite.errors import RewriteError
+from rewrite.passes import keep
 from rewrite.passes.batch import batch
 from rewrite.passes.canonical import CANONICAL
 from rewrite.passes.dump import dump, program
@@ -54,6 +55,7 @@ def run(gm: fx.GraphModule, record: GraphRecord, pipeline: tuple[Pass, ...] = PI
     """
     parts = [part for part in gm.modules() if isinstance(part, fx.GraphModule)]  # checkpointed regions are inside
     graphs = [part.graph for part in parts]
+    record.rules = keep.collect(graphs)
     for graph in graphs:
         drop_unread(graph)
     record.nodes_before, record.before = _nodes(graphs), _programs(graphs, "captured")
@@ -78,6 +80,7 @@ def run(gm: fx.GraphModule, record: GraphRecord, pipeline: tuple[Pass, ...] = PI
             text = _programs(graphs, heading)
             log.debug("%s", text)
         dump(record, number, step.name, text)
+    keep.label(graphs, record.rules)
     for part in parts:
         part.recompile()
         note_dense(part.graph, record)

@@ -53,6 +53,7 @@ class GraphRecord:
     passes: list[PassRecord] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
     counts: dict[str, Any] = field(default_factory=dict)
+    rules: list[Any] = field(default_factory=list)  # (path, rule) about what is kept (`passes.keep`)
 
     @property
     def edits(self) -> list[Edit]:

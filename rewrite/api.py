@@ -101,6 +101,7 @@ def _attach(model: nn.Module, planned: Plan, values: dict[str, Any] | None = Non
         sites=planned.rows(),
         notes=planned.notes,
         values=values,
+        rules=lower.rules(planned),
     )
 
 
@@ -131,6 +132,9 @@ def apply(program: ExportedProgram, spec: str | Spec) -> ExportedProgram:
     Example: `adapted = rewrite.apply(torch.export.export(model, (ids,)), "lora(r=8)@attn.q,v")`
     """
     planned = planning.resolve(inventory.take_exported(program), spec)
+    if rules := lower.rules(planned):
+        clause = rules[0][1].label
+        raise RewriteError(f"'{clause}' is about what a training step saves, an exported program is no training step")
     return export.apply_grafts(program, lower.grafts(planned))
 
 

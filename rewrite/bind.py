@@ -172,9 +172,7 @@ def _valued(clause: Clause, cls: type) -> Clause:
     if not clause.positional or clause.sites is None or not any(a.positional for a in arguments(cls)):
         return clause
     words = tuple(Name(str(term), term.span) for term in clause.sites.terms)
-    return replace(
-        clause, call=replace(clause.call, args=clause.call.args + words), sites=None, positional=False
-    )
+    return replace(clause, call=replace(clause.call, args=clause.call.args + words), sites=None, positional=False)
 
 
 def _positional(cls: type) -> bool:
@@ -228,13 +226,15 @@ class _Binder:
         return replace(clause, sites=parse_sites(default).moved(name))
 
     def twice(self, clause: Clause, cls: type) -> None:
-        """A word in the parentheses and sites after '@': only a method with a positional argument takes a word there."""
+        """A word in the parentheses and sites after '@': only methods with a positional argument take a word there."""
         words = [value for value in clause.call.args if isinstance(value, Name)]
         if clause.sites is None or not words or any(a.positional for a in arguments(cls)):
             return
         at = self.source.index("@", clause.call.span.stop)
         word = words[0].value
-        raise self.error(Span(at, at + 1), TWICE, "" if known_role(word) else f"an argument is written {brief(word)}=...")
+        raise self.error(
+            Span(at, at + 1), TWICE, "" if known_role(word) else f"an argument is written {brief(word)}=..."
+        )
 
     def marked(self, clause: Clause, method: Any) -> None:
         """A clause is marked by '~' where its method is approximate, and only there."""

@@ -112,7 +112,11 @@ def _start(state: Attachment) -> list[str]:
     stored = dict.fromkeys(g.label for g in state.grafts if g.where == "storage")
     if stored:
         text += f"; {', '.join(stored)} rounds the weights that it stores"
-    approximate = [str(clause) for clause in parse(state.spec).clauses if clause.approximate]
+    clauses = parse(state.spec).clauses
+    rounding = [str(clause) for clause in clauses if known[clause.call.name].rounds and not clause.approximate]
+    if rounding:
+        text += f"; {', '.join(rounding)} rounds what the backward reads, the forward is exact"
+    approximate = [str(clause) for clause in clauses if clause.approximate]
     return [f"step 0: {text}", f"approximate: {', '.join(approximate) or 'nothing'}"]
 
 

@@ -18,6 +18,7 @@ from rewrite.codegen.forms import IN, OUT, TOKENS, Base, Form
 from rewrite.codegen.maps import Matmul
 from rewrite.functions import Here
 from rewrite.method import Method, Param, asks_shape, states
+from rewrite.passes.keep import Placed
 from rewrite.planning import Placement, Plan
 from rewrite.regime import Regime
 from rewrite.runtime import graft as runtime
@@ -55,6 +56,25 @@ def regimes(plan: Plan) -> list[runtime.Regime]:
                 )
             )
     return found
+
+
+def rules(plan: Plan) -> list[Placed]:
+    """What the policies of a plan say about values that a step saves, by the path of the module."""
+    found: dict[Placed, None] = {}
+    for policy in plan.policies:
+        rule = policy.method.keeps(policy.clause.approximate)
+        if rule is None:
+            continue
+        rule = replace(rule, label=str(policy.clause))
+        places = [(s.path, _family(s)) for s in policy.sites] if policy.clause.sites is not None else [("", "")]
+        found |= {(path, replace(rule, family=family)): None for path, family in places}
+    return list(found)
+
+
+def _family(site: Site) -> str:
+    """The name for the sites of a block that a rule takes together, '' for one that stands alone."""
+    group = site.roles[0].partition(".")[0]
+    return group if group in ("attn", "cross", "ffn", "mixer") else ""
 
 
 def lower(placed: Placement, alone: bool = True, measured: bool = False) -> Graft:

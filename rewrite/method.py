@@ -31,6 +31,7 @@ from rewrite.codegen import storage
 from rewrite.codegen.forms import Form
 
 if TYPE_CHECKING:
+    from rewrite.passes.keep import Rule
     from rewrite.runtime.calibration import Seen
     from rewrite.sites import Site
 
@@ -103,6 +104,8 @@ class Method:
     identity: ClassVar[bool] = True  # changes the function by nothing at step 0
     trains: ClassVar[bool | tuple[str, ...]] = False  # the base tensors of the site: all, or those of these names
     policy: ClassVar[bool] = False  # places nothing: a clause about its sites, or without `kinds` about the whole model
+    anywhere: ClassVar[bool] = False  # a policy that is about the whole model where it is written without sites
+    rounds: ClassVar[bool] = False  # a policy by which the backward reads rounded copies: gradients are near, not equal
     pointwise: ClassVar[bool] = False  # `output` or `input` scales and shifts every channel alone, so that it merges
     calibration: ClassVar[Literal["inputs", "scales", "gradients"] | None] = None  # what `calibrated` wants to see
     within_rank: ClassVar[bool] = False  # its argument r is at most the rank of the weight
@@ -133,6 +136,10 @@ class Method:
 
     def approximation(self, marked: bool) -> str | None:
         """What is approximate about a clause that a leading `~` marks, or does not, or None: only such are marked."""
+        return None
+
+    def keeps(self, marked: bool) -> Rule | None:
+        """What becomes of the values that a step would save at the sites of a policy; `marked` by a leading `~`."""
         return None
 
     def delta(self, **theta: Any) -> Form:

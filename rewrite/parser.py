@@ -17,7 +17,8 @@
     blanks and newlines are free; "#" starts a comment that ends with its line
 
 Between the parentheses of a clause a bare word, string or regex is a site (`nf4(base)`); inside a nested call,
-after "=", and where sites follow an "@" (`save(fp8)@ffn`) a word is a value.  A site word that a `let` has defined is that alias (`rewrite.bind` expands it).
+after "=", and where sites follow an "@" (`save(fp8)@ffn`) a word is a value.  A site word that a `let` has defined is
+that alias (`rewrite.bind` expands it).
 Whether a method or an argument exists is not asked here.
 """
 
@@ -48,7 +49,6 @@ from rewrite.spec import (
     Tuple,
     Value,
     inherit,
-    known_role,
     role_of,
 )
 

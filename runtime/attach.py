@@ -19,7 +19,8 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from rewrite.errors import RewriteError
-from rewrite.runtime import captures, huggingface, prompts, regimes
+from rewrite.passes.keep import Placed
+from rewrite.runtime import captures, huggingface, keeping, prompts, regimes
 from rewrite.runtime.adapter import (
     ADAPTERS,
     Adapter,
@@ -61,6 +62,7 @@ class Attachment:
     seen: Any = None  # arguments of the last training step, without numbers, where a regime asks for them
     resting: set[str] = field(default_factory=set)  # what trains but not now, by name
     handles: Handles = field(default_factory=Handles)  # hooks of an optimizer on what trains
+    rules: tuple[Placed, ...] = ()  # about what a step keeps for its backward, by the path of the module
 
 
 def attachment(model: nn.Module) -> Attachment | None:
@@ -85,8 +87,11 @@ def attach(
     sites: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
     values: Mapping[str, Tensor] | None = None,
+    rules: Sequence[Placed] = (),
 ) -> nn.Module:
-    """Attach `grafts` to `model` in place and freeze everything else; `policies` say how what trains is trained.
+    """Attach `grafts` to `model` in place and freeze everything else.
+
+    `policies` say how what trains is trained, `rules` what a step keeps for its backward (`runtime.keeping`).
 
     `values` (by name, as `adapter_state` gives them) replace the initialisers, for loading.
     """
@@ -103,6 +108,7 @@ def attach(
         for graft in sorted(grafts, key=lambda g: g.stage):
             _ATTACH[graft.where](model, graft, made.get(id(graft)), values, state)
         regimes.start(model, state)
+        state.rules, state.notes = tuple(rules), (*state.notes, *keeping.place(model, rules))
         huggingface.adopt(model)
     except BaseException:
         remove(model)
@@ -310,6 +316,7 @@ def strip(model: nn.Module) -> nn.Module:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(state.requires_grad.get(name, False))
         parameter.grad = None if not parameter.requires_grad else parameter.grad
+    keeping.take_off(model)
     huggingface.release(model)
     del model.__dict__[_STATE]
     if isinstance(model._compiled_call_impl, CompiledCallBase):

@@ -39,7 +39,7 @@ def rewrite_backend(
     settings = dict(options or {})
     engine = check_backend(settings.pop("backend", "inductor"))
     record = GraphRecord(title=f"graph_{next(_numbers)}", training=torch.is_grad_enabled())
-    tensors = list(capture.adapter_tensors(gm))
+    tensors = list(capture.adapter_tensors(gm)) or list(capture.parameters(gm))
     gm = lowered(gm, record)
     compiled = _engine(engine, gm, example_inputs, record, mode, settings)
     if record.passes:  # not before it is compiled: a graph that Dynamo gives up to start over never runs
@@ -102,10 +102,11 @@ def _inductor(
     # Imported here: Inductor takes a second to load, and `import rewrite` should not.
     from torch._inductor import config, list_mode_options
     from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
 
     patches = dict(list_mode_options(mode)) if mode and mode != "default" else {}
     patches |= options
     if record.passes:
-        patches["custom_partitioner_fn"] = Partitioner(record)
+        patches["custom_partitioner_fn"] = Partitioner(record, decompositions=select_decomp_table())
     with config.patch(patches):
         return compile_fx(gm, inputs)  # type: ignore[arg-type]

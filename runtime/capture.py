@@ -95,3 +95,11 @@ def adapter_tensors(gm: fx.GraphModule) -> Iterator[torch.Tensor]:
             value = getattr(node.meta.get("grapharg"), "example", None)
             if isinstance(value, torch.Tensor):
                 yield value
+
+
+def parameters(gm: fx.GraphModule) -> Iterator[torch.Tensor]:
+    """The real parameters that a graph reads, for one that reads nothing of ours."""
+    for node in gm.graph.nodes:
+        value = getattr(node.meta.get("grapharg"), "example", None) if node.op == "placeholder" else None
+        if isinstance(value, torch.nn.Parameter):
+            yield value

@@ -59,6 +59,7 @@ def _counting(records: list[GraphRecord]) -> Callable[..., Any]:
         from torch._dynamo.backends.debugging import boxed_nop
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx
+        from torch._inductor.decomposition import select_decomp_table
 
         record = GraphRecord(title=f"step_{len(records)}", training=True)
         gm = lowered(gm, record)
@@ -67,7 +68,8 @@ def _counting(records: list[GraphRecord]) -> Callable[..., Any]:
         def inner(gm: fx.GraphModule, inputs: list[Any], **_: Any) -> Any:
             return boxed_nop(gm, inputs)
 
-        with config.patch(custom_partitioner_fn=Partitioner(record, thorough=True), fx_graph_cache=False):
+        partitioner = Partitioner(record, thorough=True, decompositions=select_decomp_table())
+        with config.patch(custom_partitioner_fn=partitioner, fx_graph_cache=False):
             return compile_fx(gm, inputs, inner_compile=inner)  # type: ignore[arg-type]
 
     return backend
