@@ -94,7 +94,7 @@ class Selection:
         close = nearest(term.text, words)
         if close:
             return "nearest: " + ", ".join(f"{w} ({words[w]})" for w in close)
-        paths = nearest(term.text, {s.weight for s in self.sites})
+        paths = nearest(term.text, {s.weight for s in self.sites if s.kind != "block"})
         if paths:
             return "nearest: " + ", ".join(paths)
         listed = sorted(w for w in words if not w.startswith(("enc", "dec")))

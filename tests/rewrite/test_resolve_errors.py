@@ -12,8 +12,8 @@ import rewrite
 from tests.models import assert_close, batch, build, changed, disturb, frozen, step, traces
 
 HAS = (
-    "it has: attn, attn.k, attn.o, attn.q, attn.v, base, embed, ffn, ffn.down, ffn.gate, ffn.up, head, input, "
-    "linear, norm"
+    "it has: attn, attn.k, attn.o, attn.q, attn.v, base, block, blocks, embed, ffn, ffn.down, ffn.gate, ffn.up, "
+    "head, input, linear, norm"
 )
 NEAR = "nearest: model.layers.1.mlp.up_proj, model.layers.0.mlp.up_proj, model.layers.1.mlp.gate_proj"
 LLAMA = [
