@@ -4,6 +4,7 @@ model = rewrite.compile(model, spec="lora(r=8)@attn.q,v + nf4(base)")
 """
 
 from rewrite.api import apply, attach, compile, load, load_peft, methods, parse, plan, save, save_peft, sites
+from rewrite.coupling import coupled
 from rewrite.diff import diff
 from rewrite.errors import Error, ResolveError, RewriteError, SpecError
 from rewrite.explain import explain
@@ -26,6 +27,7 @@ __all__ = [
     "attach",
     "calibrate",
     "compile",
+    "coupled",
     "diff",
     "explain",
     "in_use",
