@@ -212,7 +212,7 @@ def _operators(record: GraphRecord, state: Attachment) -> list[str]:
         if (site := names.get(path)) is None:
             continue
         labels = ", ".join(dict.fromkeys(g.label for g in grafts))
-        entered = all(g.where in ("tokens", "past") for g in grafts)  # virtual tokens have no product to fuse with
+        entered = all(g.where in ("tokens", "past", "side") for g in grafts)  # there is no product to fuse with
         reason = reasons.get(site, "" if entered or site in fused | factored else "no rule for it")
         op = PLAIN if site not in fused else f"{FUSED}, {PLAIN}" if reason else FUSED
         serving[(op, f"{labels}: {reason}" if reason else labels)].append(path)

@@ -7,7 +7,8 @@ model, share it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,6 +167,34 @@ def virtual(here: Here) -> Callable[..., Any]:
 
 
 @functools.cache
+def tapped(here: Here) -> Callable[..., Any]:
+    """What a side network sees of a stream."""
+    method, names = here.method, here.names
+
+    def reference(h: Any, *theta: Any) -> Any:
+        return method.tap(h, **dict(zip(names, theta, strict=True)))
+
+    return typed(method.name, "branch", reference)
+
+
+@functools.cache
+def joined(here: Here) -> Callable[..., Any]:
+    """A stream that a side network has joined."""
+
+    def reference(y: Any, s: Any, *theta: Any) -> Any:
+        named, gate = here.split(theta)
+        return _between(y, here.method.join(y, s, **named), gate)
+
+    return typed(here.method.name, "branch", reference)
+
+
+def asked(view: Callable[..., Any], given: Iterable[str]) -> tuple[str, ...]:
+    """Those of the given tensors that a view of a method takes."""
+    wanted = inspect.signature(view).parameters
+    return tuple(name for name in given if name in wanted)
+
+
+@functools.cache
 def reparametrised(here: Here) -> Callable[..., Any]:
     def reference(W: Any, *theta: Any) -> Any:
         named, gate = here.split(theta)
@@ -204,7 +233,7 @@ Merged = Callable[..., tuple[Any, Any]]
 def merged(here: Here) -> Merged | None:
     """How the method merges at such a site; None where it has no merged form."""
     view = here.method.view()
-    if view in ("tokens", "past") or (view in ("output", "input") and not here.method.pointwise):
+    if view in ("tokens", "past", "side") or (view in ("output", "input") and not here.method.pointwise):
         return None
     return functools.partial(_MERGED[view], here)
 

@@ -6,14 +6,16 @@ What is computed there, `rewrite.functions` derives from the method's one view.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from rewrite import functions
+from rewrite.blocks import Block
 from rewrite.codegen.forms import IN, OUT, TOKENS, Base, Form
 from rewrite.codegen.maps import Matmul
 from rewrite.functions import Here
@@ -22,7 +24,7 @@ from rewrite.passes.keep import Placed
 from rewrite.planning import Placement, Plan
 from rewrite.regime import Regime
 from rewrite.runtime import graft as runtime
-from rewrite.runtime.graft import Behaviour, Graft, Slot
+from rewrite.runtime.graft import Behaviour, Graft, Side, Slot
 from rewrite.sites import Site
 
 Tensor = torch.Tensor
@@ -35,7 +37,7 @@ def grafts(plan: Plan) -> list[Graft]:
     changed = Counter(p.site.weight for p in plan.placements if p.method.view() in ("weight", "delta"))
     measured = any(isinstance(p.method, Regime) and p.method.measures for p in plan.policies)
     made = [lower(placed, changed[placed.site.weight] < 2, measured) for placed in plan.placements]
-    return _shared(made)
+    return _shared(_networks(plan.placements, made))
 
 
 def regimes(plan: Plan) -> list[runtime.Regime]:
@@ -98,6 +100,8 @@ def lower(placed: Placement, alone: bool = True, measured: bool = False) -> Graf
     if view == "train":
         slots = {name: Slot(shape, site.dtype) for name, shape in placed.trained}
         return Graft(where="train", slots=slots, **common)
+    if view == "side":
+        return _side(placed, common)
     if site.entry is not None:  # a graft of the model, which knows its embedding by name
         common |= {"path": "", "tensor": site.place.parameter}
     gated = bool(placed.clause.label) or (measured and view not in ("tokens", "past"))
@@ -116,7 +120,7 @@ def lower(placed: Placement, alone: bool = True, measured: bool = False) -> Graf
     )
 
 
-STAGES = ("storage", "weight", "delta", "output", "input", "tokens", "past", "train")
+STAGES = ("storage", "weight", "delta", "output", "input", "tokens", "past", "side", "train")
 """The order in which methods at one site compose, whatever their order in the spec; within a stage, that of the spec.
 
 A rewritten weight is that of the base, updates add to it, and what scales an output scales all of it.
@@ -200,6 +204,61 @@ _MAKE: dict[str, Callable[[Here, Site, bool], dict[str, Any]]] = {
     "tokens": _virtual,
     "past": _virtual,
 }
+
+
+def _side(placed: Placement, common: dict[str, Any]) -> Graft:
+    site, method, clause = placed.site, placed.method, str(placed.clause)
+    params, block = method.params(site), site.block
+    assert block is not None
+    taps = site.part in ("entry", "rung")
+    names = functions.asked(method.tap if taps else method.join, params)
+    here = Here(method, names, None, site.place.map, bool(placed.clause.label))
+    side = Side(
+        part=site.part,
+        net=clause,
+        stack=block.stack,
+        then=functools.partial(_after, method.step if taps else method.close, block),
+        names=names,
+        causal=block.causal,
+        reads=block.memory > 0,
+        layer=block.index,
+        sources=block.matrices if site.part == "rung" else {},
+    )
+    return Graft(
+        where="side",
+        op=functions.tapped(here) if taps else functions.joined(here),
+        slots=_slots(params, site.dtype, clause),
+        initialise=functools.partial(_initialise, method, params),
+        behaviour=_behaviour(method, clause),
+        side=side,
+        **common | {"tensor": ""},
+    )
+
+
+def _after(then: Callable[..., Any], block: Block, s: Any, *given: Any) -> Any:
+    """The next state of a side network, as `Side.then` is called."""
+    *seen, call, theta = given
+    return then(s, *seen, call, block, theta)
+
+
+def _networks(placements: Sequence[Placement], made: Sequence[Graft]) -> list[Graft]:
+    """Grafts of side networks that know which of them start together, and whose past keys and values are whose."""
+    clauses: dict[str, list[Placement]] = {}
+    for placed in placements:
+        if placed.method.view() == "side":
+            clauses.setdefault(str(placed.clause), []).append(placed)
+    starts = {
+        clause: functools.partial(group[0].method.start, [p.site for p in group])
+        for clause, group in clauses.items()
+        if states(group[0].method, "start")
+    }
+    numbers, found = itertools.count(), []
+    for placed, graft in zip(placements, made, strict=True):
+        if graft.side is not None and placed.site.block is not None:
+            slot = placed.site.block.count + next(numbers)
+            graft = replace(graft, side=replace(graft.side, slot=slot, start=starts.get(str(placed.clause))))
+        found.append(graft)
+    return found
 
 
 def _storage(method: Method, site: Site, common: dict[str, Any]) -> Graft:

@@ -7,6 +7,7 @@ A method states its maths once, by overriding exactly one view:
 - `output(x, y, **theta)`     a branch on a module's input and output
 - `input(x, **theta)`         a change of a module's input
 - `tokens(**theta)`          virtual tokens in front of a model's input; `past(**theta)` keys and values before it
+- `tap(h, **theta)`          a side network: what it sees of a block, with `step`, `close` and `join`
 - `encode(W)` / `decode(...)` a storage format of the weight itself
 - nothing, with `trains`:     base tensors of the site are trained
 - nothing, with `policy`:     no site is changed: how the model is trained, what it keeps (`rewrite.regime`)
@@ -31,8 +32,10 @@ from rewrite.codegen import storage
 from rewrite.codegen.forms import Form
 
 if TYPE_CHECKING:
+    from rewrite.blocks import Block
     from rewrite.passes.keep import Rule
     from rewrite.runtime.calibration import Seen
+    from rewrite.runtime.side import Call
     from rewrite.sites import Site
 
 Tensor = torch.Tensor
@@ -109,6 +112,7 @@ class Method:
     pointwise: ClassVar[bool] = False  # `output` or `input` scales and shifts every channel alone, so that it merges
     calibration: ClassVar[Literal["inputs", "scales", "gradients"] | None] = None  # what `calibrated` wants to see
     within_rank: ClassVar[bool] = False  # its argument r is at most the rank of the weight
+    late: ClassVar[bool] = False  # a side network that joins in front of the last block, not behind it
     needs_storage: ClassVar[bool] = False  # stands only where the weight is stored in another format
     paper: ClassVar[str] = ""
 
@@ -170,6 +174,30 @@ class Method:
         """Keys and values (n, layers, 2, heads, width) of n tokens that were never there; n rows as in `tokens`."""
         raise NotImplementedError
 
+    def tap(self, h: Tensor, **theta: Tensor) -> Tensor:
+        """What a side network sees of a stream h (rows, tokens, width): where a stack begins and behind its blocks.
+
+        It takes the tensors of the site by name, as `join` does, and `params` has them for each `site.part`.
+        """
+        raise NotImplementedError
+
+    def step(self, s: Any, t: Tensor, call: Call, block: Block, theta: Mapping[str, Tensor]) -> Any:
+        """The next state of a side network after tapping t; s is None where the stack begins."""
+        raise NotImplementedError
+
+    def close(self, s: Any, call: Call, block: Block, theta: Mapping[str, Tensor]) -> Tensor:
+        """What joins the stream at the end of a stack, or is read by the side network of a decoder."""
+        return s
+
+    def join(self, y: Tensor, s: Tensor, **theta: Tensor) -> Tensor:
+        """The stream y with what a side network found."""
+        raise NotImplementedError
+
+    def start(
+        self, sites: Sequence[Site], weights: Sequence[Mapping[str, Tensor]], theta: Sequence[Mapping[str, Tensor]]
+    ) -> None:
+        """Fill the tensors of a side network in place from the model's own matrices, by role; after `Param.init`."""
+
     def regulariser(self, **theta: Any) -> Tensor | None:
         """A term of the loss for one site, or None (`rewrite.regulariser`)."""
         return None
@@ -205,16 +233,16 @@ class Method:
         return None
 
     def view(self) -> str:
-        """The one view that this method states: one of `VIEWS` (`encode` is `storage`), train or policy."""
+        """The one view that this method states: one of `VIEWS` (`encode` is `storage`, `tap` is `side`), train or policy."""
         if self.trains or self.policy:
             return "train" if self.trains else "policy"
         stated = [v for v in VIEWS if states(self, v)]
         if len(stated) != 1:
             raise TypeError(f"method {self.name} must state exactly one view, it states {stated or 'none'}")
-        return "storage" if stated == ["encode"] else stated[0]
+        return {"encode": "storage", "tap": "side"}.get(stated[0], stated[0])
 
 
-VIEWS = ("delta", "weight", "output", "input", "tokens", "past", "encode")
+VIEWS = ("delta", "weight", "output", "input", "tokens", "past", "tap", "encode")
 
 
 def states(method: Method, name: str, base: type[Method] = Method) -> bool:
@@ -227,6 +255,8 @@ def refusal(method: Method, site: Site) -> str | None:
     if (reason := method.fits(site)) is not None:
         return reason
     dropout, view = getattr(method, "dropout", 0.0), method.view()
+    if view == "side":
+        return (site.block.refusal or None) if site.block is not None else "it is no block"
     limit = min(site.in_features, site.out_features)
     if method.within_rank and method.r > limit:  # type: ignore[attr-defined]
         return f"r={method.r} is more than the rank {limit} of its weight"  # type: ignore[attr-defined]

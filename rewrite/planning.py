@@ -7,6 +7,7 @@ from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from rewrite.bind import Bound, bind, canonical
+from rewrite.blocks import network
 from rewrite.inventory import Inventory
 from rewrite.method import Method, refusal
 from rewrite.methods import registry
@@ -200,6 +201,8 @@ class _Resolver(Selection):
         if method.trains:
             chosen = self.having(clause, method, chosen)
             chosen = self.once(chosen, {p.site.path for p in before if p.method.trains})
+        if method.view() == "side":
+            chosen = self.network(clause, method, chosen)
         placed = []
         for site in chosen:
             self.check(clause, method, site, [p for p in before if p.site.weight == site.weight])
@@ -223,6 +226,13 @@ class _Resolver(Selection):
         if any(t.text == "base" for t in bound.sites.leaves()) and not bound.method.trains:
             return [s for s in chosen if s.weight not in trained]
         return chosen
+
+    def network(self, clause: Clause, method: Method, chosen: list[Site]) -> list[Site]:
+        """The blocks chosen with the places where a side network begins and ends."""
+        found = network(chosen, method.late)
+        if not found:
+            raise self.error(clause, f"{method.name} joins in front of the last block, and '{clause}' has no other")
+        return found
 
     def policy(self, bound: Bound, every: Sequence[Bound]) -> Policy:
         """A clause that places nothing, checked against its sites and the other clauses."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from rewrite.blocks import Block, Part, described
 from rewrite.codegen.maps import LINEAR, Rows
 from rewrite.entry import Entry
 from rewrite.inventory import Inventory, Place
@@ -58,6 +59,8 @@ class Site:
     shared: bool = False  # one adapter for all places that share its weight
     entry: Entry | None = None  # of the tokens of the whole model, where the site is that
     head: int | None = None  # rows of one head of an attention; columns of one, where the site joins its heads
+    block: Block | None = None  # what a side network must know, where the site is a block
+    part: Part = "rung"  # of a side network
 
     @property
     def path(self) -> str:
@@ -118,7 +121,8 @@ def find(inventory: Inventory) -> Sites:
     finder = _Finder(inventory)
     found = [site for place in inventory.places for site in finder.sites(place)]
     found += finder.repeated()
-    return Sites(found, finder.notes())
+    blocks = described(inventory, found)
+    return Sites([replace(s, block=blocks[s.path]) if s.kind == "block" else s for s in found], finder.notes())
 
 
 class _Finder:

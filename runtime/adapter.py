@@ -77,7 +77,7 @@ class Reparametrisation(Adapter):
 def adapter_of(module: nn.Module, graft: Graft) -> Adapter:
     """The adapter module that holds the tensors of a graft."""
     held: Any
-    if graft.where in ("input", "output", "tokens", "past"):
+    if graft.where not in ("weight", "storage"):
         held = module._modules[ADAPTERS]
         return held[graft.name]
     held = module._modules["parametrizations"]

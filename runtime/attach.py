@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from rewrite.errors import RewriteError
 from rewrite.passes.keep import Placed
-from rewrite.runtime import captures, huggingface, keeping, prompts, regimes
+from rewrite.runtime import captures, huggingface, keeping, prompts, regimes, side
 from rewrite.runtime.adapter import (
     ADAPTERS,
     Adapter,
@@ -63,6 +63,7 @@ class Attachment:
     resting: set[str] = field(default_factory=set)  # what trains but not now, by name
     handles: Handles = field(default_factory=Handles)  # hooks of an optimizer on what trains
     rules: tuple[Placed, ...] = ()  # about what a step keeps for its backward, by the path of the module
+    runs: dict[str, side.Run] = field(default_factory=dict)  # of side networks, by clause
 
 
 def attachment(model: nn.Module) -> Attachment | None:
@@ -105,6 +106,8 @@ def attach(
         # Initialisers want the weights as they were.
         ordered, shared = tqdm(grafts, desc="attach", delay=2, leave=False), dict[str, nn.Parameter]()
         made = {id(graft): _filled(model, graft, values, shared) for graft in ordered if graft.where in _ADAPTERS}
+        if values is None:
+            side.start(model, [a for a in made.values() if isinstance(a, side.SidePart) and not _bare(a)])
         for graft in sorted(grafts, key=lambda g: g.stage):
             _ATTACH[graft.where](model, graft, made.get(id(graft)), values, state)
         regimes.start(model, state)
@@ -122,7 +125,13 @@ _ADAPTERS: dict[str, type[Adapter]] = {
     "tokens": Branch,
     "past": Branch,
     "weight": Reparametrisation,
+    "side": side.SidePart,
 }
+
+
+def _bare(adapter: nn.Module) -> bool:
+    """Whether its tensors have no values."""
+    return any(t.is_meta for t in adapter.parameters())
 
 
 def _filled(
@@ -130,7 +139,7 @@ def _filled(
 ) -> Adapter:
     """A new adapter on the module's device with its initial values, or those of a checkpoint."""
     module = model.get_submodule(graft.path)
-    weight = operator.attrgetter(graft.tensor)(module)
+    weight = operator.attrgetter(graft.tensor)(module) if graft.tensor else next(module.parameters())
     new = [n for n, slot in graft.slots.items() if slot.shared and slot.shared not in shared]
     adapter = _ADAPTERS[graft.where](graft, weight.device, shared)
     adapter.train(module.training)
@@ -146,7 +155,7 @@ def _filled(
             if (fill := graft.slots[name].fill) is not None:
                 fill(getattr(adapter, name))
         if graft.initialise is not None:
-            graft.initialise(graft.view(weight.detach()), adapter.tensors())
+            graft.initialise(graft.view(weight.detach()) if graft.tensor else weight.detach(), adapter.tensors())
     return adapter
 
 
@@ -162,6 +171,8 @@ def _attach_output(model: nn.Module, graft: Graft, adapter, values, state: Attac
         module.register_forward_pre_hook(feed_adapters, with_kwargs=True)
     if graft.where in ("tokens", "past"):
         prompts.hook(module)
+    if graft.where == "side":
+        side.hook(model, graft, adapter, state.runs)
     adapters: Any = module._modules[ADAPTERS]
     adapters[graft.name] = adapter
 
@@ -211,6 +222,7 @@ _ATTACH: dict[str, Callable[..., None]] = {
     "output": _attach_output,
     "tokens": _attach_output,
     "past": _attach_output,
+    "side": _attach_output,
     "weight": _attach_weight,
     "storage": _attach_storage,
     "train": _attach_train,
@@ -294,6 +306,9 @@ def put_back(module: nn.Module, name: str, value: nn.Parameter, order: Sequence[
             held[key] = held.pop(key)
 
 
+_HOOKS = (call_adapters, feed_adapters, prompts.feed, prompts.forget, *side.HOOKS)
+
+
 def strip(model: nn.Module) -> nn.Module:
     """Remove adapters, hooks and marks without touching base tensors; restores `requires_grad`."""
     state = require(model)
@@ -304,13 +319,14 @@ def strip(model: nn.Module) -> nn.Module:
         model._forward_pre_hooks_with_kwargs.pop(key, None)
     for _, module, _ in list(adapted_modules(model)):
         delattr(module, ADAPTERS)
-        for key in [k for k, hook in module._forward_hooks.items() if hook in (call_adapters, prompts.forget)]:
+    side.unhook(model)
+    for module in model.modules():
+        for key in [k for k, hook in module._forward_hooks.items() if hook in _HOOKS]:
             del module._forward_hooks[key]
             module._forward_hooks_with_kwargs.pop(key, None)
-        for key in [k for k, hook in module._forward_pre_hooks.items() if hook in (feed_adapters, prompts.feed)]:
+        for key in [k for k, hook in module._forward_pre_hooks.items() if hook in _HOOKS]:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
-    for module in model.modules():
         for key in [k for k, h in module._load_state_dict_pre_hooks.items() if getattr(h, "hook", None) is load_dense]:
             del module._load_state_dict_pre_hooks[key]
     for name, parameter in model.named_parameters():

@@ -17,7 +17,7 @@ from rewrite.codegen.maps import LINEAR, LayerMap, Rows
 Tensor = torch.Tensor
 ADAPTERS = "adapters"
 """Name of the child module of an adapted layer that holds its adapters: `q_proj.adapters.lora.A`."""
-Where = Literal["input", "output", "weight", "storage", "tokens", "past", "train"]
+Where = Literal["input", "output", "weight", "storage", "tokens", "past", "side", "train"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,43 @@ class Regime:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A matrix of the model that a side network starts from."""
+
+    path: str
+    tensor: str
+    map: LayerMap
+    rows: Rows | None
+
+
+@dataclass(frozen=True)
+class Side:
+    """How a graft takes part in a side network; `rewrite.runtime.side` runs it.
+
+    part      `entry`: in front of the first block of a stack; `rung`: behind a block; `end`: behind the stack; `late`:
+              in front of its last block; `memory`: behind a stack whose side network a decoder's reads.
+    names     the tensors that the graft's `op` takes: `op(h, *tensors)` taps a stream, `op(y, s, *tensors)` joins one
+    then      `then(s, t, call, {slot: tensor})` is the next state of the network behind a tap; at an end, where
+              nothing is tapped, `then(s, call, {slot: tensor})` is what joins.
+    start     `([{role: matrix}], [{slot: tensor}])` fills the tensors of all grafts of the clause from the weights.
+    sources   the matrices of a block, by role
+    slot      which layer of a cache of past keys and values is this graft's; `layer` is the block's own
+    """
+
+    part: Literal["entry", "rung", "end", "late", "memory"]
+    net: str
+    stack: str
+    then: Callable[..., Any]
+    names: tuple[str, ...] = ()
+    causal: bool = False
+    reads: bool = False  # the memory of another stack's network
+    slot: int = 0
+    layer: int = 0
+    start: Callable[[Sequence[Mapping[str, Tensor]], Sequence[Mapping[str, Tensor]]], None] | None = None
+    sources: Mapping[str, Source] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Graft:
     """One adaptation of one module.
 
@@ -104,6 +141,7 @@ class Graft:
                `tokens`: `op(*tensors, training=)` are embeddings (n, width) in front of the input of the model, whose
                embedding `tensor` is; `past`: keys and values (n, layers, 2, heads, width) before it; n is the number
                of rows of the first tensor (`runtime.prompts`);
+               `side`: it is a part of a side network, as `side` says;
                `storage`: `op(*stored)` decodes `tensor`, `encode(W)` made the stored tensors;
                `train`: the base tensors named in `tensors` are trained, nothing is added.
     initialise `(W (..., d_out, d_in), {slot: tensor})` fills the tensors in place; W is the matrix, `rows`
@@ -138,6 +176,7 @@ class Graft:
     rows: Rows | None = None
     sharers: tuple[str, ...] = ()
     route: str = ""  # factored or materialised and why, where that was a choice
+    side: Side | None = None
     label: str = ""  # how explain names it, e.g. "lora(r=8)"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graft:

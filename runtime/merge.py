@@ -139,6 +139,11 @@ def _check(model: nn.Module, state: Attachment) -> None:
                 f"{graft.label} at {graft.path} changes activations, it has no merged weight: rewrite.remove it, "
                 "or keep the model as it is"
             )
+        if graft.where == "side":
+            raise RewriteError(
+                f"{graft.label} is a network beside the model, it has no merged weight: rewrite.remove it, or keep the "
+                "model as it is"
+            )
         if graft.where in ("tokens", "past"):
             raise RewriteError(
                 f"{graft.label} adds virtual tokens, it has no merged weight: rewrite.remove it, or keep the model "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -18,7 +19,8 @@ from rewrite.structure.replay import slope
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """One attention: its operands and its result, as nodes; the size of a head of queries and keys, and of values."""
+    """One attention: its operands and its result, as nodes; the size of a head of queries and keys, and of values;
+    what stands for its mask, if anything does, and whether the operator is told to mask what comes later."""
 
     q: fx.Node
     k: fx.Node
@@ -26,6 +28,8 @@ class Attention:
     out: fx.Node
     head: int
     value_head: int
+    bias: fx.Node | None = None
+    causal: bool = False  # by an argument of the operator
 
     @property
     def scope(self) -> tuple[str, ...]:
@@ -42,7 +46,20 @@ def _fused(flow: Flow) -> Iterator[Attention]:
     for node in flow.mixers:
         if name_of(node) in ATTENTION:
             q, k, v = node.args[:3]
-            yield Attention(q, k, v, node, q.meta["val"].shape[-1], v.meta["val"].shape[-1])  # type: ignore[union-attr,arg-type]
+            named = _named(node)
+            mask = next((m for n in MASK if isinstance(m := named.get(n), fx.Node)), None)
+            heads = q.meta["val"].shape[-1], v.meta["val"].shape[-1]  # type: ignore[union-attr]
+            yield Attention(q, k, v, node, *heads, mask, bool(named.get("is_causal")))  # type: ignore[arg-type]
+
+
+MASK = ("attn_mask", "attn_bias")
+
+
+def _named(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator by name."""
+    schema = getattr(node.target, "_schema", None)
+    names = [a.name for a in schema.arguments] if schema is not None else []
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
 def _softmax(flow: Flow) -> Iterator[Attention]:
@@ -54,7 +71,7 @@ def _softmax(flow: Flow) -> Iterator[Attention]:
             value, value_head = _value(flow, node, product)
             for score in scores:
                 head = _factors(score)[0].meta["val"].shape[-1]
-                yield Attention(*_query_key(flow, score, node), value, product, head, value_head)
+                yield Attention(*_query_key(flow, score, node), value, product, head, value_head, node.args[0])  # type: ignore[arg-type]
 
 
 def _factors(product: fx.Node) -> tuple[fx.Node, fx.Node]:

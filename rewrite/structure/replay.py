@@ -79,11 +79,12 @@ def _run(flow: Flow, nodes: Iterable[fx.Node], known: dict[fx.Node, Any], target
         return known[node]
 
     for node in nodes:
-        known[node] = value(node.args[0]) if node.target is alias else _call(node, value)  # type: ignore[arg-type]
+        known[node] = value(node.args[0]) if node.target is alias else called(node, value)  # type: ignore[arg-type]
     return known[target]
 
 
-def _call(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
+def called(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
+    """What a node computes from the values of its inputs, on the CPU."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), value)
     kwargs = {k: (torch.device("cpu") if k == "device" else v) for k, v in kwargs.items()}
     return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -97,7 +98,7 @@ def _outside(flow: Flow, node: fx.Node) -> Any:
     index = isinstance(val, Value) and not (val.dtype.is_floating_point or val.dtype.is_complex)
     if index and node not in flow.data and node.op == "call_function":
         try:
-            return _call(node, lambda n: _outside(flow, n))
+            return called(node, lambda n: _outside(flow, n))
         except Exception:  # it is computed from what is not known here
             pass
     return tree_map_only(Value, _random, val)

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from rewrite.paths import element_of, list_of, parent
+from rewrite.structure import repeated
 from rewrite.structure.attention import Attention, attentions
 from rewrite.structure.feedforward import feed_forwards
 from rewrite.structure.flow import Flow, Projection, common
 from rewrite.structure.operators import ACTIVATION, ADD, SELECTION, VIEW, name_of
+from rewrite.structure.repeated import Called, Heads
 from rewrite.structure.replay import channels
 from rewrite.structure.trace import Trace
 
@@ -53,6 +55,9 @@ class Structure:
     mixers: set[str] = field(default_factory=set)
     residual: set[str] = field(default_factory=set)
     outside: set[str] = field(default_factory=set)  # parameters read outside of their own module's call
+    heads: dict[str, Heads] = field(default_factory=dict)  # by the path of the module that attends
+    calls: dict[str, Called] = field(default_factory=dict)  # of elements of lists of modules
+    activations: dict[str, str] = field(default_factory=dict)  # by the last parameter of a feed-forward network
 
 
 def derive(trace: Trace, blocks: tuple[str, ...] = ()) -> Structure:
@@ -89,6 +94,7 @@ class _Deriver:
         found.mixers = {p for n in flow.mixers for p in n.meta["scope"]} - set(found.attention)
         found.residual = {p for n in flow.residual for p in n.meta["scope"]}
         found.outside = set(_read_outside(trace))
+        found.calls = repeated.calls(flow)
         return found
 
     def attention(self, attention: Attention) -> None:
@@ -100,6 +106,7 @@ class _Deriver:
             return
         cross = self.is_cross(behind["q"], behind["k"])
         heads = {"q": attention.head, "k": attention.head, "v": attention.value_head}
+        self.found.heads[scope] = Heads(attention.head, cross, repeated.causal(flow, attention))
         for role, projections in behind.items():
             for projection in projections:
                 mask = channels(flow, projection, getattr(attention, role))
@@ -184,6 +191,7 @@ class _Deriver:
         taken |= {name for name in self.found.uses if name.startswith(owners)}
         for network in feed_forwards(self.flow, taken, self.block):
             self.add(network.down, "ffn.down", None)
+            self.found.activations[network.down.parameter] = repeated.activation(self.flow, network.down.x)
             for role, parts in (("ffn.up", network.up), ("ffn.gate", network.gate)):
                 for projection, mask in parts:
                     self.add(projection, role, mask)
