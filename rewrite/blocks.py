@@ -60,7 +60,7 @@ class Block:
         return parent(self.path)
 
 
-Part = Literal["entry", "rung", "late", "end", "memory"]
+SidePart = Literal["entry", "rung", "late", "end", "memory"]
 """What a site is to a side network: where the stack begins, a block, the input of its last block, the end of the
 stack, or its end where a decoder beside it reads the side network's output."""
 
@@ -189,7 +189,7 @@ def network(chosen: Sequence[Site], late: bool) -> list[Site]:
             width = _block_of(stacks[memory][0]).width
             rungs = [replace(s, block=replace(_block_of(s), memory=width)) for s in rungs]
         first = _block_of(rungs[0])
-        end: Part = "late" if late else "memory" if stack == memory else "end"
+        end: SidePart = "late" if late else "memory" if stack == memory else "end"
         found += [_at(rungs[0], first.first, "entry"), *rungs]
         found.append(_at(rungs[0], first.last if late else first.end, end))
     return found
@@ -200,6 +200,6 @@ def _block_of(site: Site) -> Block:
     return site.block
 
 
-def _at(site: Site, path: str, part: Part) -> Site:
+def _at(site: Site, path: str, part: SidePart) -> Site:
     """Another place of the same network."""
     return replace(site, place=replace(site.place, path=path, tensor=part), part=part, roles=(part,))

@@ -224,10 +224,11 @@ def _operators(record: GraphRecord, state: Attachment) -> list[str]:
 
 
 def _computed(state: Attachment) -> dict[str, list[Graft]]:
-    """The grafts that a graph computes, by module path; a base tensor that trains needs no operator of ours."""
+    """The grafts that a graph computes, by module path; a base tensor that trains needs no operator of ours,
+    and what a side network hands to another one changes nothing by itself."""
     found: dict[str, list[Graft]] = defaultdict(list)
     for graft in state.grafts:
-        if graft.where != "train":
+        if graft.where != "train" and graft.op is not None:
             found[graft.path].append(graft)
     return found
 

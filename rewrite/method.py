@@ -233,7 +233,7 @@ class Method:
         return None
 
     def view(self) -> str:
-        """The one view that this method states: one of `VIEWS` (`encode` is `storage`, `tap` is `side`), train or policy."""
+        """The one view that this method states: train, policy, or of `VIEWS` (`encode` is storage, `tap` is side)."""
         if self.trains or self.policy:
             return "train" if self.trains else "policy"
         stated = [v for v in VIEWS if states(self, v)]

@@ -8,12 +8,12 @@ decide: `HINTS` is the only table of names, and an architecture is never mention
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from rewrite.blocks import Block, Part, described
+from rewrite.blocks import Block, SidePart, described
 from rewrite.codegen.maps import LINEAR, Rows
 from rewrite.entry import Entry
 from rewrite.inventory import Inventory, Place
@@ -60,7 +60,7 @@ class Site:
     entry: Entry | None = None  # of the tokens of the whole model, where the site is that
     head: int | None = None  # rows of one head of an attention; columns of one, where the site joins its heads
     block: Block | None = None  # what a side network must know, where the site is a block
-    part: Part = "rung"  # of a side network
+    part: SidePart = "rung"  # of a side network
 
     @property
     def path(self) -> str:
@@ -122,7 +122,12 @@ def find(inventory: Inventory) -> Sites:
     found = [site for place in inventory.places for site in finder.sites(place)]
     found += finder.repeated()
     blocks = described(inventory, found)
-    return Sites([replace(s, block=blocks[s.path]) if s.kind == "block" else s for s in found], finder.notes())
+    return Sites([_described(s, blocks) if s.kind == "block" else s for s in found], finder.notes())
+
+
+def _described(site: Site, blocks: Mapping[str, Block]) -> Site:
+    block = blocks[site.path]
+    return replace(site, block=block, place=replace(site.place, shape=(block.width,) if block.width else ()))
 
 
 class _Finder:

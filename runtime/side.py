@@ -154,7 +154,9 @@ def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         call = _call(part, module, args, kwargs)
         run.states[side.stack] = side.then(None, part.tap(h), call, part.tensors())
     for part in _parts(module, "late"):
-        args, kwargs = _with_first(args, kwargs, lambda y, part=part: _joined(part, module, y, args, kwargs))
+        name = None if args else next(iter(kwargs))
+        y = _joined(part, module, args[0] if name is None else kwargs[name], args, kwargs)
+        args, kwargs = ((y, *args[1:]), kwargs) if name is None else (args, kwargs | {name: y})
     return args, kwargs
 
 
@@ -194,13 +196,6 @@ def _joined(part: SidePart, module: nn.Module, y: Tensor, args: Any, kwargs: Any
 def _parts(module: nn.Module, *kinds: str) -> list[Any]:
     held: Any = module._modules[ADAPTERS]
     return [a for a in held.values() if isinstance(a, SidePart) and a.graft.side.part in kinds]  # type: ignore[union-attr]
-
-
-def _with_first(args: tuple[Any, ...], kwargs: dict[str, Any], change: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if args:
-        return (change(args[0]), *args[1:]), kwargs
-    name = next(iter(kwargs))
-    return args, kwargs | {name: change(kwargs[name])}
 
 
 def opened(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

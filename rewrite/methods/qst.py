@@ -61,12 +61,19 @@ class Qst(Method):
         if self.init == "pruned":
             rungs.prune(sites, weights, theta, self.reduction)
 
-    def tap(self, h: Tensor, **down: Tensor) -> Tensor:
-        if not down:
-            width = h.shape[-1] // self.reduction
+    def tap(
+        self,
+        h: Tensor,
+        A: Tensor | None = None,
+        B: Tensor | None = None,
+        m: Tensor | None = None,
+        mb: Tensor | None = None,
+    ) -> Tensor:
+        width = h.shape[-1] // self.reduction
+        if A is None or B is None or m is None or mb is None:
             return F.layer_norm(pooled(h, width), (width,))
-        A, B, m, mb = (down[name].to(h.dtype) for name in ("A", "B", "m", "mb"))
-        return F.layer_norm(F.linear(F.silu(F.linear(h, A)), B), (m.shape[0],), m, mb)
+        t = F.linear(F.silu(F.linear(h, A.to(h.dtype))), B.to(h.dtype))
+        return F.layer_norm(t, (width,), m.to(h.dtype), mb.to(h.dtype))
 
     def step(self, s: Any, t: Tensor, call: Call, block: Block, theta: Mapping[str, Tensor]) -> Tensor:
         if s is None:

@@ -1,4 +1,4 @@
-"""What a trace says about the repeated blocks of a model: what they put out, who reads the last of them, how they attend.
+"""What a trace says about the repeated blocks of a model: what comes out of them, who reads it, how they attend.
 
 A side network is built of these facts: nothing here looks at a name.
 """
@@ -91,7 +91,7 @@ def _value(flow: Flow, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
     val = node.meta["val"]
     if isinstance(val, Value) and val.constant is not None:
         found: Any = val.constant
-    elif node in flow.projections or node in flow.weights or name_of(node) in CONTRACTION and node in flow.mixers:
+    elif node in flow.projections or node in flow.weights or (name_of(node) in CONTRACTION and node in flow.mixers):
         found = torch.zeros(val.shape, dtype=val.dtype)
     elif node.op == "placeholder":
         if not (node.meta.get("input") or node.meta.get("names")):
