@@ -226,6 +226,7 @@ def _side(placed: Placement, common: dict[str, Any]) -> Graft:
     )
     return Graft(
         where="side",
+        gated=bool(placed.clause.label),
         op=None if site.part == "memory" else functions.tapped(here) if taps else functions.joined(here),
         slots=_slots(params, site.dtype, clause),
         initialise=functools.partial(_initialise, method, params),

@@ -61,7 +61,7 @@ class SidePart(Adapter):
     def forward(self, y: Tensor, s: Tensor) -> Tensor:
         """A stream that the network has joined."""
         assert self.op is not None
-        gate = (self.gate,) if self.graft.adapter else ()
+        gate = (self.gate,) if self.graft.gated else ()
         return self.op(y, s, *self._read(), *gate)
 
     def _read(self) -> list[Tensor]:
