@@ -120,12 +120,13 @@ def _kept(skip: Sequence[int], columns: int) -> list[tuple[int, int]]:
     return [(a, b) for a, b in ((0, skip[0]), (skip[1], columns)) if a < b] or [(0, 0)]
 
 
-def _rows(weight: Sequence[Tensor], layout: str) -> int:
+def decoded_rows(weight: Sequence[Tensor], layout: str) -> int:
+    """d_out of the dense weight behind stored tensors of `layout`."""
     return weight[0].shape[0] if layout == "dense" else parse_layout(layout).shape[0]  # type: ignore[attr-defined]
 
 
 def _core_fake(x, weight, layout, bias, h, B, scale, start, skip):
-    return x.new_empty(*x.shape[:-1], _rows(weight, layout))
+    return x.new_empty(*x.shape[:-1], decoded_rows(weight, layout))
 
 
 def _core_setup(ctx, inputs, output):
