@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from rewrite.codegen.ops import decode, decoded_rows
 from rewrite.codegen.rowwise import Chain
+from rewrite.codegen.workspace import register_workspace
 from rewrite.errors import RewriteError
 
 Tensor = torch.Tensor
@@ -26,9 +27,10 @@ _lib = torch.library.Library("rewrite", "FRAGMENT")
 _HEAD = "Tensor x, Tensor[] weight, str layout, Tensor? bias, Tensor[] h, Tensor[] B, float[] scale, SymInt[] start"
 _LOSS = "Tensor target, Tensor? class_weight, str steps, str reduction, int ignore_index, float label_smoothing"
 _lib.define(f"linear_cross_entropy({_HEAD}, {_LOSS}) -> Tensor")
-_lib.define(f"linear_cross_entropy_core({_HEAD}, {_LOSS}, bool[] wanted) -> (Tensor, Tensor[])")
+_lib.define(f"linear_cross_entropy_core({_HEAD}, {_LOSS}, Tensor? factor, bool[] wanted) -> (Tensor, Tensor[])")
 
-_LOGITS = 1 << 23  # entries in a chunk: rows enough for an efficient product, little beside the weights
+_LOGITS, _ROWS = 1 << 23, 128
+"""Entries in a chunk, and the rows that it has at least: enough for an efficient product, little beside the weight."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,12 @@ class _Gradients:
 
     def __init__(self, head: _Head, wanted: Sequence[bool], dtype: torch.dtype) -> None:
         self.head, (self.x, self.w, self.bias, self.h, self.B) = head, wanted
-        self.dx = [torch.empty_like(head.x)] if self.x else []
-        self.dW = [torch.zeros_like(head.w, dtype=dtype)] if self.w else []
+        # Contiguous, whatever the inputs are, as the fake says.
+        self.dx = [head.x.new_empty(head.x.shape)] if self.x else []
+        self.dW = [head.w.new_zeros(head.w.shape, dtype=dtype)] if self.w else []
         self.dbias = [head.w.new_zeros(head.w.shape[0], dtype=dtype)] if self.bias else []
-        self.dh = [torch.empty_like(h) for h in head.h] if self.h else []
-        self.dB = [torch.zeros_like(B, dtype=dtype) for B in head.B] if self.B else []
+        self.dh = [h.new_empty(h.shape) for h in head.h] if self.h else []
+        self.dB = [B.new_zeros(B.shape, dtype=dtype) for B in head.B] if self.B else []
 
     def add(self, part: slice, dy: Tensor) -> None:
         """Take in the gradient of the logits of some rows."""
@@ -168,13 +171,19 @@ def linear_cross_entropy(
     reduced = "none" if reduction == "none" else "sum"
     if reduced == "none" and any(wanted[i] for i in (1, 2, 4)):
         raise RewriteError('linear_cross_entropy(reduction="none") has no gradient for the parameters of its head')
-    found, _ = torch.ops.rewrite.linear_cross_entropy_core(*head, target, class_weight, steps, reduced, *loss, wanted)
+    factor = total = None
     if reduction == "mean":
-        _, counts = _Targets(target, class_weight, *loss).weights(target, found.dtype)
+        _, counts = _Targets(target, class_weight, *loss).weights(target, _statistics(x, steps))
         total = counts.sum()
-        # Where nothing counts it is nan, as 0 / 0 is, but with a gradient of zero, as `F.cross_entropy` has it.
-        empty = total == 0
-        found = torch.where(empty, torch.nan, found / torch.where(empty, 1, total))
+        safe = torch.where(total == 0, 1, total)
+        factor = 1 / torch.frexp(safe)[0]
+    core, rest = torch.ops.rewrite.linear_cross_entropy_core, (target, class_weight, steps, reduced, *loss)
+    found, _ = core(*head, *rest, factor, wanted)
+    if total is not None:
+        # The mantissa of the count is in the core; what is left is a power of two, with which gradients are scaled
+        # without rounding and without leaving float16's range.  Where nothing counts the mean is nan, as 0 / 0 is,
+        # but with a gradient of zero, as `F.cross_entropy` has it.
+        found = torch.where(total == 0, torch.nan, found / (safe * factor))
     return found.to(Chain.parse(steps).dtype(x.dtype))
 
 
@@ -183,15 +192,19 @@ def _needs(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def chunk_rows(rows: int, classes: int) -> int:
-    """Rows of a chunk: as many as hold `_LOGITS` logits, in chunks of about the same size."""
-    most = max(_LOGITS // max(classes, 1), 16)
+    """Rows of a chunk for so many `rows` and `classes`; chunks are of about the same size.
+
+    >>> chunk_rows(8192, 32000), chunk_rows(8192, 128256), chunk_rows(100, 50)
+    (256, 128, 100)
+    """
+    most = max(_LOGITS // max(classes, 1), _ROWS)
     chunks = max(-(-rows // most), 1)
     return max(-(-rows // chunks), 1)
 
 
 def _core(
     x, weight, layout, bias, h, B, scale, start,
-    target, class_weight, steps, reduction, ignore_index, label_smoothing, wanted,
+    target, class_weight, steps, reduction, ignore_index, label_smoothing, factor, wanted,
 ):  # fmt: skip
     head = _Head(x, decode(weight, layout).to(x.dtype), bias, h, B, scale, start)
     targets = _Targets(target, class_weight, ignore_index, label_smoothing)
@@ -205,8 +218,11 @@ def _core(
         logits, kept = chain.forward(head.logits(part))
         losses[part], slope = targets.rows(logits, part, dtype, any(wanted))
         if slope is not None:
+            slope = slope if factor is None else slope.mul_(factor)
             gradients.add(part, chain.backward(slope.to(logits.dtype), kept, x.dtype))
-    return losses if reduction == "none" else losses.sum(), gradients.result()
+    if reduction == "none":
+        return losses, gradients.result()
+    return losses.sum() if factor is None else losses.sum() * factor, gradients.result()
 
 
 def _statistics(x: Tensor, steps: str) -> torch.dtype:
@@ -216,7 +232,7 @@ def _statistics(x: Tensor, steps: str) -> torch.dtype:
 
 def _core_fake(
     x, weight, layout, bias, h, B, scale, start,
-    target, class_weight, steps, reduction, ignore_index, label_smoothing, wanted,
+    target, class_weight, steps, reduction, ignore_index, label_smoothing, factor, wanted,
 ):  # fmt: skip
     loss = x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=_statistics(x, steps))
     shapes = [x.shape], [(decoded_rows(weight, layout), x.shape[1])], [(decoded_rows(weight, layout),)]
@@ -238,10 +254,11 @@ def _core_backward(ctx, dloss, dgradients):
     saved = iter(ctx.saved_tensors)
     groups = []
     for size, wanted in zip(ctx.sizes, ctx.wanted, strict=True):
-        groups.append([_scaled(next(saved), dloss, ctx.rows) if wanted else None for _ in range(size)])
+        kept = [next(saved) if wanted else None for _ in range(size)]
+        groups.append([None if t is None or dloss is None else _scaled(t, dloss, ctx.rows) for t in kept])
     (dx,), dW, dbias, dh, dB = groups
     rest = None if dh else []  # autograd takes an empty list of numbers for one of tensors
-    return dx, dW, None, dbias[0] if dbias else None, dh, dB, rest, rest, *[None] * 7
+    return dx, dW, None, dbias[0] if dbias else None, dh, dB, rest, rest, *[None] * 8
 
 
 def _scaled(gradient: Tensor, dloss: Tensor, rows: bool) -> Tensor:
@@ -264,3 +281,12 @@ def _core_flops(x, weight, layout, bias, h, B, scale, start, *rest, out_shape=No
     base = x[1] * classes * (1 + need_x + need_w)
     branches = sum(hi[1] * Bi[0] for hi, Bi in zip(h, B, strict=True)) * (1 + need_h + need_B)
     return 2 * x[0] * (base + branches)
+
+
+@register_workspace(torch.ops.rewrite.linear_cross_entropy_core)
+def _core_workspace(x, weight, layout, *rest) -> int:
+    classes, dtype = decoded_rows(weight, layout), _statistics(x, rest[7])
+    stored = 0 if layout == "dense" else classes * x.shape[1] * x.dtype.itemsize
+    entries = chunk_rows(x.shape[0], classes) * classes
+    need_w = rest[-1][1] and dtype != x.dtype  # the sum of its gradient, and a chunk's part
+    return stored + entries * (2 * x.dtype.itemsize + dtype.itemsize) + need_w * classes * x.shape[1] * dtype.itemsize

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 import rewrite.codegen.products
 import rewrite.codegen.views  # noqa: F401  (the table of readers)
 from rewrite.codegen.factored import Factored, reader_of
+from rewrite.codegen.lazy import Lazy, hollow, plain
 
 Tensor = torch.Tensor
 _lib = torch.library.Library("rewrite", "FRAGMENT")
@@ -70,37 +71,26 @@ def densify(w: Factored) -> Tensor:
     return torch.ops.rewrite.low_rank_weight(w.W, w.A, w.B, w.scale, w.transposed)
 
 
-class LazyWeight(Tensor):
+class LazyWeight(Lazy):
     """A weight `W + scale * B A` that is formed only where a reader cannot do without it.
 
-    It has the shape, dtype, device and strides of W, and no storage.  What overrides of torch functions do not see (a
-    custom `autograd.Function`, an extension) still gets the dense values, and their gradient still reaches A and B.
+    It has the shape, dtype, device and strides of W.  What does not know it still gets the dense values, and their
+    gradient still reaches A and B.
     """
 
     factored: Factored
-    kept: Tensor | None  # the dense weight behind a pointer that was handed out
+
+    def dense(self) -> Tensor:
+        return densify(self.factored)
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+    def read(cls, func: Any, args: Any, kwargs: Any) -> Any:
         if func in _OPENED:
             return _OPENED[func](*args, **kwargs)
-        if (reader := reader_of(func)) is not None:
-            result = reader(*tree_map(_open, args), **tree_map(_open, kwargs))
-            if result is not NotImplemented:
-                return tuple(map(_close, result)) if isinstance(result, tuple) else _close(result)
-        if func in _POINTERS:
-            lazy = args[0]
-            lazy.kept = densify(lazy.factored).detach() if lazy.kept is None else lazy.kept
-            return func(lazy.kept, *args[1:], **kwargs)
-        return func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*tree_map(_plain, args), **tree_map(_plain, kwargs or {}))
+        if (reader := reader_of(func)) is None:
+            return NotImplemented
+        result = reader(*tree_map(_open, args), **tree_map(_open, kwargs))
+        return tuple(map(_close, result)) if isinstance(result, tuple) else _close(result)
 
 
 class _Tie(torch.autograd.Function):
@@ -110,9 +100,7 @@ class _Tie(torch.autograd.Function):
     def forward(ctx: Any, W: Tensor, A: Tensor, B: Tensor, scale: float, transposed: bool) -> Tensor:
         ctx.save_for_backward(A, B)
         ctx.dtype, ctx.scale, ctx.transposed = W.dtype, scale, transposed
-        return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            LazyWeight, W.shape, strides=W.stride(), dtype=W.dtype, device=W.device, layout=W.layout
-        )
+        return hollow(LazyWeight, W.shape, strides=W.stride(), dtype=W.dtype, device=W.device, layout=W.layout)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -125,8 +113,7 @@ class _Tie(torch.autograd.Function):
 
 
 def _lazy(w: Factored) -> LazyWeight:
-    plain = tuple(_plain(t) if isinstance(t, LazyWeight) else t for t in (w.A, w.B))
-    lazy: Any = _Tie.apply(w.W, *plain, w.scale, w.transposed)
+    lazy: Any = _Tie.apply(w.W, plain(w.A), plain(w.B), w.scale, w.transposed)
     lazy.factored, lazy.kept = w, None
     return lazy
 
@@ -137,10 +124,6 @@ def _open(value: Any) -> Any:
 
 def _close(value: Any) -> Any:
     return _lazy(value) if isinstance(value, Factored) else value
-
-
-def _plain(value: Any) -> Any:
-    return densify(value.factored) if isinstance(value, LazyWeight) else value
 
 
 def opened(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -158,10 +141,3 @@ attention = opened(F.multi_head_attention_forward)
 """`F.multi_head_attention_forward` as the projections and the attention that it is made of."""
 
 _OPENED = {F.multi_head_attention_forward: attention}
-_GETTERS = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad_fn", "grad")
-_METADATA = {getattr(Tensor, name).__get__ for name in (*_GETTERS, "is_cuda", "is_cpu", "is_meta", "is_sparse")} | {
-    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.element_size),
-    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device, Tensor.is_contiguous, Tensor.__len__),
-    *(torch.is_floating_point, torch.is_complex, torch.numel),
-}
-_POINTERS = {Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage_offset}

@@ -60,7 +60,7 @@ def split(gm: fx.GraphModule, record: GraphRecord) -> list[Deferred]:
     """Take marked products out of a graph that only returns them; its last outputs are what the programs need more."""
     output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
     results = list(output.args[0])  # type: ignore[arg-type]
-    count, later = len(results), []
+    count, later, unread = len(results), [], []
     for at, node in enumerate(results[:count]):
         product = _marked(node)
         if product is None:
@@ -73,9 +73,12 @@ def split(gm: fx.GraphModule, record: GraphRecord) -> list[Deferred]:
         value = example(node)
         later.append(Deferred(at, positions, inputs, program, int(value.shape[-1]), value.dtype))
         _record(record, node, product, cut)
+        unread += [n for n in reversed(between(node, cut)) if n.op != "placeholder" and n not in cut]
     if later:
         output.args = (tuple(results),)
-        _erase_unread(gm.graph)
+        for node in unread:
+            if not node._erased and not node.users:
+                gm.graph.erase_node(node)
         gm.recompile()
     return later
 
@@ -116,8 +119,7 @@ def _record(record: GraphRecord, node: fx.Node, product: fx.Node, cut: Sequence[
     record.passes[-1].edits.append(edit)
 
 
-def _erase_unread(graph: fx.Graph) -> None:
-    """Erase the chain that led to a deferred output."""
-    for node in reversed(graph.nodes):
-        if _MARK in node.meta or (node.op == "call_function" and not node.users and node.meta.get("chain")):
-            graph.erase_node(node)
+def is_random(node: fx.Node) -> bool:
+    """Whether a node draws random numbers."""
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags or "dropout" in str(node.target)

@@ -23,9 +23,7 @@ from rewrite.passes.pattern import Op
 from rewrite.passes.rule import target_name
 
 aten = torch.ops.aten
-cross_entropy = Op(
-    "cross_entropy", tuple(inspect.signature(F.cross_entropy).parameters), F.cross_entropy
-)
+cross_entropy = Op("cross_entropy", tuple(inspect.signature(F.cross_entropy).parameters), F.cross_entropy)
 matmul = Op("matmul", ("input", "other"), operator.matmul, torch.matmul, aten.matmul.default, methods=("matmul",))
 div = Op("div", ("input", "other"), operator.truediv, torch.div, torch.true_divide, methods=("div",))
 tanh = Op("tanh", ("input",), torch.tanh, F.tanh, methods=("tanh",))
@@ -74,6 +72,11 @@ def find(logits: Any) -> Head:
             raise Unknown(f"its logits come from {_name(node)}")
         node = node.args[1] if mul.arguments(node) and _number(node.args[0]) else node.args[0]
     raise Unknown("its logits are an input of the graph")
+
+
+def follows(node: fx.Node) -> bool:
+    """Whether a node is an elementwise step on logits, or does nothing to them."""
+    return _step(node) is not None or _same(node)
 
 
 def _name(node: fx.Node) -> str:

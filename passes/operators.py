@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import fx
 from torch._C import _nn  # type: ignore[attr-defined]  # where Dynamo finds F.linear and F.pad
 
-import rewrite.codegen.ops  # noqa: F401  (defines torch.ops.rewrite)
+import rewrite.codegen.cross_entropy
+import rewrite.codegen.ops  # noqa: F401  (they define torch.ops.rewrite)
 from rewrite.passes.pattern import Op
 
 aten = torch.ops.aten

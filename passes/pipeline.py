@@ -21,6 +21,7 @@ from rewrite.passes.dump import dump, program
 from rewrite.passes.factor import FACTOR, OPEN, ROWS, note_dense, sweep
 from rewrite.passes.fuse import FUSE, branch
 from rewrite.passes.insert import insert, is_typed
+from rewrite.passes.loss import LOSS
 from rewrite.passes.operators import add, decode, inserted
 from rewrite.passes.record import GraphRecord, PassRecord
 from rewrite.passes.rule import Rule, apply_rule, apply_rules
@@ -45,7 +46,13 @@ PIPELINE = (
     Pass("factor", (*OPEN, FACTOR, *ROWS)),
     Pass("batch", (batch,)),
     Pass("fuse", FUSE),
+    Pass("loss", LOSS),
 )
+
+
+def without(name: str) -> tuple[Pass, ...]:
+    """The pipeline without one of its passes."""
+    return tuple(step for step in PIPELINE if step.name != name)
 
 
 def run(gm: fx.GraphModule, record: GraphRecord, pipeline: tuple[Pass, ...] = PIPELINE) -> GraphRecord:

@@ -44,6 +44,7 @@ class GraphRecord:
 
     title: str = "graph"
     training: bool = False  # captured with gradients on
+    broken: bool = False  # ends in a graph break: what follows it reads the results
     arguments: tuple[str, ...] = ()  # paths of the parameters and inputs that it takes, in its order
     inputs: tuple[str, ...] = ()  # the model's inputs as `name dtype[sizes]`, at the sizes it was captured with
     nodes_before: int = 0

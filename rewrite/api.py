@@ -112,16 +112,19 @@ def compile(
     inputs: Batch | None = None,
     backend: str = "inductor",
     dynamic: bool | None = True,
+    chunked_loss: bool = True,
 ) -> nn.Module:
     """`attach(model, spec)`, and let `model(...)` run compiled; the same instance comes back.
 
     `backend`: `inductor`, `aot_eager`, or `eager` (our rewritten graph as it is, for debugging).  `dynamic` as in
-    `torch.compile`.  `inputs` as in `plan`.  A failed compile leaves the model as it was.
+    `torch.compile`.  `chunked_loss`: a training step computes head and cross entropy in chunks of rows and keeps no
+    logits; `output.logits` are computed when they are read (docs/loss.md).  `inputs` as in `plan`.  A failed compile
+    leaves the model as it was.
 
     Example: `model = rewrite.compile(model, "lora(r=8)@attn.q,v + nf4(base)")`
     """
     compiled.check_backend(backend)
-    return compiled.compile_model(attach(model, spec, inputs=inputs), backend, dynamic)
+    return compiled.compile_model(attach(model, spec, inputs=inputs), backend, dynamic, chunked_loss)
 
 
 def apply(program: ExportedProgram, spec: str | Spec) -> ExportedProgram:

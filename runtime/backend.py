@@ -15,10 +15,11 @@ from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
 from rewrite.errors import RewriteError
-from rewrite.passes import pipeline
+from rewrite.passes import deferred, pipeline
 from rewrite.passes.partition import Partitioner
 from rewrite.passes.record import GraphRecord
 from rewrite.runtime import capture, captures
+from rewrite.runtime.lazy_logits import returning
 from rewrite.runtime.signature import inputs_of
 
 BACKENDS = ("inductor", "aot_eager", "eager")
@@ -34,28 +35,39 @@ def rewrite_backend(
 ) -> Callable[..., Any]:
     """Compile one captured graph.
 
-    `mode` is Inductor's (`"reduce-overhead"`, ...); `options` are Inductor's, plus `backend`.
+    `mode` is Inductor's (`"reduce-overhead"`, ...); `options` are Inductor's, plus `backend`, and `chunked_loss`
+    (true): whether a training graph's loss is computed in chunks of rows (docs/loss.md).
     """
     settings = dict(options or {})
     engine = check_backend(settings.pop("backend", "inductor"))
+    chunked_loss = bool(settings.pop("chunked_loss", True))
     record = GraphRecord(title=f"graph_{next(_numbers)}", training=torch.is_grad_enabled())
     tensors = list(capture.adapter_tensors(gm)) or list(capture.parameters(gm))
-    gm = lowered(gm, record)
-    compiled = _engine(engine, gm, example_inputs, record, mode, settings)
+    gm, finish = lowered(gm, record, chunked_loss)
+    compiled = finish(_engine(engine, gm, example_inputs, record, mode, settings))
     if record.passes:  # not before it is compiled: a graph that Dynamo gives up to start over never runs
         captures.remember(record, tensors)
     return compiled
 
 
-def lowered(gm: fx.GraphModule, record: GraphRecord) -> fx.GraphModule:
-    """A captured graph after our pipeline; one without adapters comes back as it is."""
+def lowered(
+    gm: fx.GraphModule, record: GraphRecord, chunked_loss: bool = True
+) -> tuple[fx.GraphModule, Callable[[Callable[..., Any]], Callable[..., Any]]]:
+    """A captured graph after our pipeline, and what the function compiled from it must be wrapped in.
+
+    A graph without adapters comes back as it is.
+    """
     record.arguments = tuple(capture.path_of(n) for n in gm.graph.nodes if n.op == "placeholder")
     if not capture.has_adapters(gm):
-        return gm
+        return gm, lambda compiled: compiled
     record.inputs = inputs_of(gm)
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    record.broken = reason is not None and reason.graph_break
     gm = capture.copy_graph(gm)
-    pipeline.run(gm, record)
-    return gm
+    pipeline.run(gm, record, pipeline.PIPELINE if chunked_loss else pipeline.without("loss"))
+    outputs = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
+    later = deferred.split(gm, record)
+    return gm, lambda compiled: returning(compiled, outputs, later)
 
 
 def _engine(

@@ -25,11 +25,10 @@ _LOGGING = {getattr(logging.Logger, name) for name in ("warning", "info", "debug
 class CompiledCall(CompiledCallBase):
     """Calls a model through `torch.compile(backend="rewrite")`; a copy of the model is not compiled."""
 
-    def __init__(self, model: nn.Module, backend: str, dynamic: bool | None) -> None:
+    def __init__(self, model: nn.Module, backend: str, dynamic: bool | None, chunked_loss: bool) -> None:
         self.model = model
-        self.call = torch.compile(
-            entry_of(model), backend=rewrite_backend, dynamic=dynamic, options={"backend": backend}
-        )
+        options = {"backend": backend, "chunked_loss": chunked_loss}
+        self.call = torch.compile(entry_of(model), backend=rewrite_backend, dynamic=dynamic, options=options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         state = require(self.model)
@@ -72,9 +71,12 @@ def settings(regimes: Sequence[Regime] = ()) -> dict[str, Any]:
     return found
 
 
-def compile_model(model: nn.Module, backend: str, dynamic: bool | None) -> nn.Module:
-    """Compile an attached model in place: it stays an instance of its class, `model.forward` stays eager."""
+def compile_model(model: nn.Module, backend: str, dynamic: bool | None, chunked_loss: bool = True) -> nn.Module:
+    """Compile an attached model in place: it stays an instance of its class, `model.forward` stays eager.
+
+    `chunked_loss`: compute the loss of a training step in chunks of rows, without all logits at once.
+    """
     state = require(model)
     state.backend = check_backend(backend)
-    model._compiled_call_impl = CompiledCall(model, backend, dynamic)
+    model._compiled_call_impl = CompiledCall(model, backend, dynamic, chunked_loss)
     return model

@@ -62,7 +62,7 @@ def _counting(records: list[GraphRecord]) -> Callable[..., Any]:
         from torch._inductor.decomposition import select_decomp_table
 
         record = GraphRecord(title=f"step_{len(records)}", training=True)
-        gm = lowered(gm, record)
+        gm, finish = lowered(gm, record)
         records.append(record)
 
         def inner(gm: fx.GraphModule, inputs: list[Any], **_: Any) -> Any:
@@ -70,7 +70,7 @@ def _counting(records: list[GraphRecord]) -> Callable[..., Any]:
 
         partitioner = Partitioner(record, thorough=True, decompositions=select_decomp_table())
         with config.patch(custom_partitioner_fn=partitioner, fx_graph_cache=False):
-            return compile_fx(gm, inputs, inner_compile=inner)  # type: ignore[arg-type]
+            return finish(compile_fx(gm, inputs, inner_compile=inner))  # type: ignore[arg-type]
 
     return backend
 

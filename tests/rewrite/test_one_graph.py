@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 import rewrite
 from rewrite import inventory
 from rewrite.runtime.attach import require
-from tests.models import assert_close, assert_same, disturb, gradients
+from tests.models import assert_close, assert_same, disturb, gradients, in_own_dtype
 from tests.rewrite.variants import binds, variants
 
 transformers = pytest.importorskip("transformers")
@@ -25,7 +25,7 @@ def llama() -> torch.nn.Module:
         vocab_size=53, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, attn_implementation="sdpa", attention_bias=True,
     )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).double()
+    return in_own_dtype(transformers.LlamaForCausalLM(config).double())
 
 
 def spec(name: str) -> str:

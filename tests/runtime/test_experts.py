@@ -21,7 +21,18 @@ from rewrite.runtime.attach import attach
 from rewrite.runtime.backend import rewrite_backend
 from rewrite.runtime.captures import records_of
 from rewrite.runtime.graft import Graft, Slot
-from tests.models import assert_close, assert_same, batch, changed, disturb, frozen, gradients, step, traces
+from tests.models import (
+    assert_close,
+    assert_same,
+    batch,
+    changed,
+    disturb,
+    frozen,
+    gradients,
+    in_own_dtype,
+    step,
+    traces,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -99,7 +110,7 @@ def build(name: str, how: str = "grouped_mm", dtype: torch.dtype = torch.float64
         for parameter in model.parameters():  # some experts are made empty
             nn.init.normal_(parameter, std=0.1)
     model.set_experts_implementation(how)  # type: ignore[operator]
-    return model
+    return in_own_dtype(model)
 
 
 def adapted(name: str, how: str, by_spec: bool, dtype: torch.dtype = torch.float64) -> nn.Module:
