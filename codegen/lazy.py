@@ -12,12 +12,13 @@ from torch.utils._pytree import tree_map
 
 Tensor = torch.Tensor
 
-_GETTERS = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad_fn", "grad")
+_GETTERS = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad_fn")
 METADATA = {getattr(Tensor, name).__get__ for name in (*_GETTERS, "is_cuda", "is_cpu", "is_meta", "is_sparse")} | {
     *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.element_size),
     *(Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device, Tensor.is_contiguous, Tensor.__len__),
     *(torch.is_floating_point, torch.is_complex, torch.numel),
 }
+_GRADIENT = Tensor.grad.__get__  # type: ignore[attr-defined]
 _POINTERS = {Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage_offset}
 
 
@@ -45,6 +46,8 @@ class Lazy(Tensor):
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if func is _GRADIENT:  # of what is computed there is none; asking a tensor would warn of that
+            return None
         if (result := cls.read(func, args, kwargs)) is not NotImplemented:
             return result
         if func in _POINTERS:

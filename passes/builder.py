@@ -69,6 +69,7 @@ class Builder:
         # Of the values themselves: Dynamo runs a backend under another mode than the one it traced with.
         values = (n.meta.get("example_value") for n in graph.nodes)
         self.fake_mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+        self.regions = _autocast_regions(graph)
         self.made: list[fx.Node] = []
         self.origin: fx.Node | None = None
         self._tracer = _Tracer(self)
@@ -84,6 +85,7 @@ class Builder:
         """Give a new node its shape and provenance."""
         if self.origin is not None:
             node.meta.update({k: v for k, v in self.origin.meta.items() if k in META})
+            self.regions[node] = self.regions.get(self.origin, ())
         node.meta["rule"] = self.rule
         node.meta["example_value"] = self.evaluate(node)
         self.made.append(node)
@@ -91,7 +93,9 @@ class Builder:
     def evaluate(self, node: fx.Node) -> Any:
         """The fake value of a node from those of its inputs."""
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
-        with self.fake():
+        with self.fake(), contextlib.ExitStack() as stack:
+            for region in self.regions.get(node, ()):
+                stack.enter_context(torch.autocast(*region))
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -117,6 +121,19 @@ class Builder:
         for needed in node.all_input_nodes:
             self.hoist(needed, before)
         before.prepend(node)
+
+
+def _autocast_regions(graph: fx.Graph) -> dict[fx.Node, tuple[Any, ...]]:
+    """The autocast regions of a captured forward around each of its nodes, as arguments of `torch.autocast`."""
+    found, open_ = {}, dict[fx.Node, Any]()
+    for node in graph.nodes:
+        if node.target is torch.amp.autocast_mode._enter_autocast:
+            open_[node] = node.args
+        elif node.target is torch.amp.autocast_mode._exit_autocast:
+            open_.pop(node.args[0])
+        elif open_:
+            found[node] = tuple(open_.values())
+    return found
 
 
 def unwrap(value: Any) -> Any:

@@ -29,15 +29,17 @@ class Recipe:
     tensors: tuple[Any, ...]
     versions: tuple[int | None, ...]
     autocast: tuple[bool, torch.dtype]
-    cast: torch.dtype | None = None
+    casts: tuple[torch.dtype, ...] = ()
 
     def __call__(self, *tensors: Any) -> Tensor:
         """The logits from `tensors`, in the order of `self.tensors`, with gradients if they have any."""
-        on, dtype = self.autocast
+        on, autocast = self.autocast
         with torch.inference_mode(False), torch.enable_grad():
-            with torch.autocast(tensors[0].device.type, dtype=dtype, enabled=on):
+            with torch.autocast(tensors[0].device.type, dtype=autocast, enabled=on):
                 logits = self.program(*tensors)
-            return logits if self.cast is None else logits.to(self.cast)
+            for dtype in self.casts:
+                logits = logits.to(dtype)
+        return logits
 
     def check(self) -> None:
         """Raises `RewriteError` where the head is no longer what it was when the loss was computed."""
@@ -70,7 +72,7 @@ class LazyLogits(Lazy):
             return lazy_logits(replace(lazy.recipe, tensors=tensors), lazy.shape, lazy.dtype)
         dtype = args[1] if func is Tensor.to and len(args) == 2 else _CASTS.get(func)
         if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
-            return lazy_logits(replace(lazy.recipe, cast=dtype), lazy.shape, dtype)
+            return lazy_logits(replace(lazy.recipe, casts=(*lazy.recipe.casts, dtype)), lazy.shape, dtype)
         return NotImplemented
 
 

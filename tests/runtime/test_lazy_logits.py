@@ -17,7 +17,7 @@ from rewrite.runtime import captures
 from rewrite.runtime.backend import rewrite_backend
 from rewrite.runtime.compiled import compile_model
 from rewrite.runtime.lazy_logits import LazyLogits
-from tests.models import assert_close, assert_same, batch, build, disturb, gradients, step
+from tests.models import ONE_LAYER, assert_close, assert_same, batch, build, disturb, gradients, step
 
 Tensor = torch.Tensor
 LORA = "lora(r=3)@attn.q,v"
@@ -25,12 +25,8 @@ LORA = "lora(r=3)@attn.q,v"
 
 def compiled(name: str, spec: str = LORA, backend: str = "eager", dtype: torch.dtype = torch.float64, **options: Any):
     """A compiled model, adapters moved."""
-    model = disturb(rewrite.attach(build(name, dtype), spec))
+    model = disturb(rewrite.attach(build(name, dtype, **ONE_LAYER[name]), spec))
     return compile_model(model, backend, True, **options)
-
-
-def edits(model: nn.Module) -> list[str]:
-    return [e.rule for r in captures.records_of(model) for e in r.edits if "l" in e.rule and "lo" in e.rule]
 
 
 def rules(model: nn.Module) -> set[str]:
@@ -45,10 +41,16 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "qwen3"])
-def test_equals_eager_and_the_logits_are_there(name, spec):
-    model, given = compiled(name, spec), batch(name)
+MODELS = [("llama", spec) for spec in SPECS] + [
+    ("gpt2", "head trains"),
+    ("t5", "head adapted"),
+    ("qwen3", "head frozen"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), MODELS, ids=[f"{name}, {kind}" for name, kind in MODELS])
+def test_equals_eager_and_the_logits_are_there(name, kind):
+    model, given = compiled(name, SPECS[kind]), batch(name)
     expected, wanted = step(model, model.forward, given)
     output, found = step(model, model, given)
     assert rules(model) == {"chunk_loss", "defer_logits"}
@@ -58,13 +60,10 @@ def test_equals_eager_and_the_logits_are_there(name, spec):
     assert_close(output.loss, expected.loss)
     assert_same(found, wanted)
     assert_close(output.logits.detach() + 0, expected.logits)
-    assert model._compiled_call_impl is not None
-    assert captures.records_of(model)[0].training
 
 
-@pytest.mark.parametrize("name", ["llama", "t5"])
-def test_equals_eager_through_aot_autograd(name):
-    model, given = compiled(name, f"{LORA} + full(head)", "aot_eager"), batch(name)
+def test_equals_eager_through_aot_autograd():
+    model, given = compiled("gpt2", f"{LORA} + full(head)", "aot_eager"), batch("gpt2")
     expected, wanted = step(model, model.forward, given)
     output, found = step(model, model, given)
     assert isinstance(output.logits, LazyLogits)
@@ -86,9 +85,8 @@ def test_equals_eager_through_inductor():
     assert_close(output.logits + 0, expected.logits, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["bert", "vit"])
-def test_a_small_classifier_is_left(name):
-    model, given = compiled(name), batch(name)
+def test_a_small_classifier_is_left():
+    model, given = compiled("bert"), batch("bert")
     output, _ = step(model, model, given)
     assert rules(model) == set()
     assert not isinstance(output.logits, LazyLogits)
@@ -105,7 +103,7 @@ def test_explain_shows_the_edits():
 
 
 def test_the_way_out():
-    model = disturb(rewrite.compile(build("llama"), LORA, backend="eager", chunked_loss=False))
+    model = disturb(rewrite.compile(build("llama", **ONE_LAYER["llama"]), LORA, backend="eager", chunked_loss=False))
     output, found = step(model, model, batch("llama"))
     expected, wanted = step(model, model.forward, batch("llama"))
     assert rules(model) == set()
@@ -126,10 +124,9 @@ def test_inference_computes_its_logits():
 
 
 @pytest.fixture
-def pair() -> tuple[LazyLogits, Tensor, nn.Module]:
-    """Lazy logits, the same from eager, and the model."""
-    model, given = compiled("llama", "lora(r=3)@attn.q,head"), batch("llama")
-    return model(**given).logits, model.forward(**given).logits, model
+def pair() -> tuple[nn.Module, dict[str, Tensor]]:
+    """A compiled model whose head trains a little, and its batch."""
+    return compiled("llama", "lora(r=3)@attn.q,head"), batch("llama")
 
 
 READS = {
@@ -164,23 +161,24 @@ class Double(torch.autograd.Function):
         return 2.0 * gradients[0]
 
 
-@pytest.mark.parametrize("read", READS.values(), ids=READS)
-def test_reading(pair, read):
-    lazy, plain, model = pair
-    found, expected = read(lazy), read(plain)
-    assert found.shape == expected.shape
-    assert found.dtype == expected.dtype
-    assert found.requires_grad == expected.requires_grad
-    assert_close(found.double() + 0, expected.double(), 1e-6 if found.dtype.itemsize < 8 else 1e-12)
-    if expected.requires_grad:
-        (found.double() ** 2).sum().backward()
-        ours = gradients(model)
-        (expected.double() ** 2).sum().backward()
-        assert_same(ours, gradients(model), 1e-5 if found.dtype.itemsize < 8 else 1e-9)
+def test_reading(pair):
+    model, given = pair
+    for name, read in READS.items():
+        lazy, plain = model(**given).logits, model.forward(**given).logits
+        found, expected = read(lazy), read(plain)
+        narrow = found.dtype.itemsize < 8
+        assert (found.dtype, found.requires_grad) == (expected.dtype, expected.requires_grad), name
+        assert_close(found.double() + 0, expected.double(), 1e-6 if narrow else 1e-12, name)
+        if expected.requires_grad:
+            (found.double() ** 2).sum().backward()
+            ours = gradients(model)
+            (expected.double() ** 2).sum().backward()
+            assert_same(ours, gradients(model), 1e-5 if narrow else 1e-9)
 
 
 def test_metadata_computes_nothing(pair):
-    lazy, plain, _ = pair
+    model, given = pair
+    lazy, plain = model(**given).logits, model.forward(**given).logits
     assert (lazy.shape, lazy.dtype, lazy.device) == (plain.shape, plain.dtype, plain.device)
     assert (lazy.size(-1), lazy.dim(), lazy.numel(), len(lazy)) == (100, 3, plain.numel(), 2)
     assert lazy.requires_grad
@@ -190,7 +188,8 @@ def test_metadata_computes_nothing(pair):
 
 
 def test_read_once_and_without_gradients_first(pair):
-    lazy, plain, model = pair
+    model, given = pair
+    lazy, plain = model(**given).logits, model.forward(**given).logits
     with torch.no_grad():
         assert torch.equal(lazy.argmax(-1), plain.argmax(-1))
     made = lazy.made
@@ -204,7 +203,7 @@ def test_read_once_and_without_gradients_first(pair):
 
 def test_distillation_through_loss_and_logits():
     """Both outputs of one graph have a gradient."""
-    model, given = compiled("llama", "lora(r=3)@attn.q,head", "aot_eager"), batch("llama")
+    model, given = compiled("gpt2", "lora(r=3)@attn.q,head", "aot_eager"), batch("gpt2")
     teacher = torch.randn(2, 9, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def both(call: Any) -> dict[str, Tensor]:
@@ -215,8 +214,8 @@ def test_distillation_through_loss_and_logits():
     assert_same(both(model), both(model.forward))
 
 
-def test_a_head_that_has_changed_is_an_error():
-    model, given = compiled("llama", "lora(r=3)@attn.q,head"), batch("llama")
+def test_a_head_that_has_changed_is_an_error(pair):
+    model, given = pair
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     output = model(**given)
     output.loss.backward()
@@ -275,8 +274,14 @@ def test_gradient_checkpointing():
     assert_same(found, wanted)
 
 
+# Dynamo asks every input for its gradient, which a tensor that has been computed warns of.
+enters_dynamo = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+
+
+@enters_dynamo
 def test_logits_that_enter_another_compiled_function(pair):
-    lazy, plain, model = pair
+    model, given = pair
+    lazy, plain = model(**given).logits, model.forward(**given).logits
     call = torch.compile(lambda z: z.log_softmax(-1).square().sum(), backend="eager")
     found = call(lazy)
     assert_close(found, call(plain))
@@ -286,8 +291,12 @@ def test_logits_that_enter_another_compiled_function(pair):
     assert_same(ours, gradients(model))
 
 
+@enters_dynamo
 def test_a_graph_break_after_the_model():
-    model, given = disturb(rewrite.attach(build("llama"), "lora(r=3)@attn.q,head")), batch("llama")
+    model, given = (
+        disturb(rewrite.attach(build("llama", **ONE_LAYER["llama"]), "lora(r=3)@attn.q,head")),
+        batch("llama"),
+    )
 
     def accuracy(input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         output = model(input_ids=input_ids, labels=labels)
