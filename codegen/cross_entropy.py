@@ -171,15 +171,15 @@ def linear_cross_entropy(
     reduced = "none" if reduction == "none" else "sum"
     if reduced == "none" and any(wanted[i] for i in (1, 2, 4)):
         raise RewriteError('linear_cross_entropy(reduction="none") has no gradient for the parameters of its head')
-    factor = total = None
-    if reduction == "mean":
+    rest = target, class_weight, steps, reduced, *loss
+    if reduction != "mean":
+        found, _ = torch.ops.rewrite.linear_cross_entropy_core(*head, *rest, None, wanted)
+    else:
         _, counts = _Targets(target, class_weight, *loss).weights(target, _statistics(x, steps))
         total = counts.sum()
         safe = torch.where(total == 0, 1, total)
         factor = 1 / torch.frexp(safe)[0]
-    core, rest = torch.ops.rewrite.linear_cross_entropy_core, (target, class_weight, steps, reduced, *loss)
-    found, _ = core(*head, *rest, factor, wanted)
-    if total is not None:
+        found, _ = torch.ops.rewrite.linear_cross_entropy_core(*head, *rest, factor, wanted)
         # The mantissa of the count is in the core; what is left is a power of two, with which gradients are scaled
         # without rounding and without leaving float16's range.  Where nothing counts the mean is nan, as 0 / 0 is,
         # but with a gradient of zero, as `F.cross_entropy` has it.

@@ -43,7 +43,7 @@ class Head:
     weight: list[Any]
     layout: str
     bias: Any
-    branches: tuple[list[Any], list[Any], list[Any], list[Any]]
+    branches: tuple[list[Any], ...]  # h, B, scale, start, as in `adapted_linear`
     chain: Chain
     moves: tuple[fx.Node, ...]
     nodes: tuple[fx.Node, ...]
@@ -89,7 +89,9 @@ def _product(node: fx.Node) -> tuple[Any, list[Any], str, Any, tuple[list[Any], 
         x, w, b = values
         return (x, [w], "dense", b, ([], [], [], [])) if example(w).ndim == 2 else None
     if (values := adapted_linear.arguments(node)) is not None:
-        x, stored, layout, b, *branches = values
+        x, stored, layout, b, *branches, skip = values
+        if skip:
+            raise Unknown("a part of its weight's columns is multiplied elsewhere")
         return x, list(stored), layout, b, tuple(list(part) for part in branches)
     if (values := matmul.arguments(node)) is not None:
         x, w = values
