@@ -73,16 +73,11 @@ def test_gradients_are_slices_of_the_dense_weight_gradient(name, spec, backend):
     assert at
 
 
-def test_a_run_is_cut_out_of_the_base_product_and_scattered_columns_are_added():
-    for spec, edits, flops in ((SPEC, 2, 0), ("s2ft(heads=1, channels=20, by=weight)", 0, 1)):
-        model, plain = adapted("llama", spec, "aot_eager", num_hidden_layers=1), build("llama", num_hidden_layers=1)
-        step(model, model, batch("llama"))
-        assert fused(model) == edits
-        bare = rewrite.compile(plain, "lora(r=1)@embed", backend="aot_eager")
-        step(bare, bare, batch("llama"))
-        tokens, widths = 18, 64 * (16 + 20)
-        counts = [captures.records_of(m)[0].counts["forward_flops"] for m in (model, bare)]
-        assert counts[0] - (counts[1] - 2 * tokens * 64) == flops * 2 * tokens * widths  # less that of B
+@pytest.mark.parametrize(("spec", "edits"), [(SPEC, 2), (SCATTERED, 0)])
+def test_a_run_is_cut_out_of_the_base_product_and_scattered_columns_are_added(spec, edits):
+    model = adapted("llama", spec, "eager", num_hidden_layers=1)
+    model(**batch("llama"))
+    assert fused(model) == edits
 
 
 def test_heads_are_whole_and_the_same_in_every_layer():
@@ -133,7 +128,7 @@ def test_calibration_chooses_by_what_it_sees_and_starts_anew(by):
         assert found == ((order[:, None] * 16 + torch.arange(16)).flatten() if "o_proj" in path else order).tolist()
 
 
-@pytest.mark.parametrize("by", ["random", "weight"])
+@pytest.mark.parametrize("by", ["random", pytest.param("weight", marks=pytest.mark.slow)])
 def test_on_a_quantised_base_the_update_is_added(by):
     spec = f"s2ft(heads=1, channels=20, by={by}) + nf4(base)"
     model = disturb(adapted("llama", spec, "aot_eager", num_hidden_layers=1))
@@ -147,7 +142,11 @@ def test_on_a_quantised_base_the_update_is_added(by):
 
 @pytest.mark.parametrize(
     "spec",
-    [f"{SPEC} + lora(r=3)@attn,ffn", f"a: {SPEC} + b: s2ft(heads=2, channels=9, by=weight)", "s2ft(channels=999)"],
+    [
+        f"{SPEC} + lora(r=3)@attn,ffn",
+        pytest.param(f"a: {SPEC} + b: s2ft(heads=2, channels=9, by=weight)", marks=pytest.mark.slow),
+        pytest.param("s2ft(channels=999)", marks=pytest.mark.slow),
+    ],
 )
 def test_beside_other_adapters(spec):
     model = disturb(adapted("llama", spec, "aot_eager", num_hidden_layers=1))
