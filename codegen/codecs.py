@@ -6,7 +6,7 @@ A value that is not finite is decoded as NaN, and takes no part in the scale of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,19 +31,18 @@ class Codec:
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """(codes, scales) of a floating-point tensor (..., n)."""
-        groups = _grouped(x, self.size(x.shape[-1]))
-        wide = groups.to(torch.promote_types(x.dtype, torch.float32))
+        group = self.size(x.shape[-1])
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         finite = torch.where(wide.isfinite(), wide, 0)
-        scales = self.scales(finite.abs().amax(-1), x.dtype)
-        values = self.round(wide / _expanded(self.factors(scales, wide.dtype)))
-        return _flat(values, x.shape[-1]).to(self.code), scales
+        scales = self.scales(_padded(finite, group).unflatten(-1, (-1, group)).abs().amax(-1), x.dtype)
+        return self.round(_each(torch.div, wide, self.factors(scales, wide.dtype), group)).to(self.code), scales
 
     def decode(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         """The values behind what `encode` made, in `dtype`."""
         codes, scales = stored
         wide = torch.promote_types(dtype, torch.float32)
-        groups = _grouped(self.values(codes, wide), self.size(codes.shape[-1]))
-        return _flat((groups * _expanded(self.factors(scales, wide))).to(dtype), codes.shape[-1])
+        factors, group = self.factors(scales, wide), self.size(codes.shape[-1])
+        return _each(torch.mul, self.values(codes, wide), factors, group).to(dtype)
 
     def bytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         """What the stored tensors of a tensor of that shape and dtype take."""
@@ -151,17 +150,16 @@ def memory_order(sizes: Sequence[int], strides: Sequence[int]) -> tuple[int, ...
     return tuple(order) or None
 
 
-def _grouped(x: Tensor, group: Any) -> Tensor:
-    """(..., n) as (..., groups, group), zeros after the last value."""
+def _padded(x: Tensor, group: Any) -> Tensor:
+    """A tensor (..., n) with zeros behind, so that n is a multiple of `group`."""
     rest = -x.shape[-1] % group
-    x = x if isinstance(rest, int) and rest == 0 else F.pad(x, (0, rest))
-    return x.unflatten(-1, (x.shape[-1] // group, group))
+    return x if isinstance(rest, int) and rest == 0 else F.pad(x, (0, rest))
 
 
-def _expanded(factors: Tensor) -> Tensor:
-    return factors.unsqueeze(-1)
-
-
-def _flat(groups: Tensor, n: Any) -> Tensor:
-    flat = groups.flatten(-2)
-    return flat if isinstance(n, int) and flat.shape[-1] == n else flat.narrow(-1, 0, n).contiguous()
+def _each(op: Callable[[Tensor, Tensor], Tensor], x: Tensor, factors: Tensor, group: Any) -> Tensor:
+    """An operator between the values (..., n) and the factors (..., groups) of their groups."""
+    n = x.shape[-1]
+    if isinstance(n, int) and n % group == 0:
+        return op(x.unflatten(-1, (n // group, group)), factors.unsqueeze(-1)).flatten(-2)
+    # Looked up, not repeated: for what is repeated and cut Inductor 2.13 computes wrong addresses on the CPU.
+    return op(x, factors.index_select(-1, torch.arange(n, device=x.device) // group))

@@ -96,3 +96,15 @@ def test_memory_order(order: tuple[int, ...]):
     assert x.permute(found).is_contiguous()
     assert memory_order(x[..., :1].expand_as(x).shape, x[..., :1].expand_as(x).stride()) is None
     assert memory_order((), ()) is None
+
+
+@pytest.mark.parametrize("codec", [Fp8(32), pytest.param(Int8(32), marks=pytest.mark.slow)], ids=str)
+def test_inductor_computes_the_same_codes(codec: Codec):
+    """Sizes that groups do not divide: what Inductor made of an earlier way of spreading scales was wrong."""
+    for shape in ((7, 40), (3, 96)):
+        x = values(shape, torch.bfloat16)
+        stored = codec.encode(x)
+        found = torch.compile(codec.encode, dynamic=False)(x)
+        assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(stored, found, strict=True))
+        decoded = torch.compile(lambda *s: codec.decode(s, torch.bfloat16), dynamic=False)(*stored)
+        assert torch.equal(decoded, codec.decode(stored, torch.bfloat16))
