@@ -2,6 +2,7 @@
 
 - `rewrite::decode(stored, layout)`              the dense weight behind stored tensors; traced through
 - `rewrite::adapted_linear(x, weight, ...)`      base + low-rank branches + bias + dequantisation, one op
+- `rewrite::coarse_activation(x, name, ...)`     a nonlinearity that keeps its derivative in a few bits; traced through
 - `rewrite::low_rank(x, A, B, scale)`            one branch whose parameters have another dtype than x, in eager
 
 `adapted_linear` follows autocast and hands over to `adapted_linear_core`, which is opaque to AOTAutograd: it
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 import rewrite.codegen.weights  # noqa: F401  (defines rewrite::low_rank_weight)
+from rewrite.codegen.activations import coarse_activation
 from rewrite.codegen.storage import layout as parse_layout
 from rewrite.codegen.workspace import register_workspace
 from rewrite.errors import RewriteError
@@ -30,6 +32,7 @@ _lib.define("decode(Tensor[] stored, str layout) -> Tensor")
 _lib.define(f"adapted_linear(Tensor x, Tensor[] weight, str layout, Tensor? bias, {_BRANCHES}=[]) -> Tensor")
 _lib.define(f"adapted_linear_core(Tensor x, Tensor[] weight, str layout, Tensor? bias, {_BRANCHES}) -> Tensor")
 _lib.define("low_rank(Tensor x, Tensor A, Tensor B, float scale) -> Tensor")
+_lib.define("coarse_activation(Tensor x, str name, int bits, float parameter) -> Tensor")
 _lib.define("linear_input_gradient(Tensor dy, Tensor[] weight, str layout) -> Tensor")
 
 
@@ -184,6 +187,7 @@ def _input_gradient_fake(dy, weight, layout):
 
 
 _lib.impl("decode", decode, "CompositeImplicitAutograd")
+_lib.impl("coarse_activation", coarse_activation, "CompositeImplicitAutograd")
 _lib.impl("adapted_linear", adapted_linear, "CompositeImplicitAutograd")
 _lib.impl("low_rank", low_rank, "CompositeExplicitAutograd")
 _lib.impl("adapted_linear_core", _core, "CompositeExplicitAutograd")

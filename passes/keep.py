@@ -42,6 +42,14 @@ class Encoded(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Coarse(Rule):
+    """Nonlinearities store their derivative in so many bits; `approximate` ones too, where it has more values."""
+
+    bits: int
+    approximate: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recomputed(Rule):
     """Nothing inside is saved: the backward computes it again."""
 

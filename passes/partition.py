@@ -21,6 +21,7 @@ from torch._functorch import config, partitioners
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
 
+from rewrite.codegen import codecs
 from rewrite.passes import counting, encode, keep, pin_static, recompute
 from rewrite.passes.gradients import gradient_costs
 from rewrite.passes.keep import Budgeted, Encoded, Recomputed
@@ -96,7 +97,7 @@ class Partitioner(CustomPartitionerFn):
 
     def uuid(self) -> Any:
         """Identifies this partitioner in Inductor's caches: the files that decide what it does."""
-        files = (part.__file__ for part in (counting, encode, keep, pin_static, recompute))
+        files = (part.__file__ for part in (codecs, counting, encode, keep, pin_static, recompute))
         return get_hash_for_files((__file__, *files), repr(self.record.rules))
 
 

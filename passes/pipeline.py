@@ -17,6 +17,7 @@ from rewrite.errors import RewriteError
 from rewrite.passes import keep
 from rewrite.passes.batch import batch
 from rewrite.passes.canonical import CANONICAL
+from rewrite.passes.coarse import coarse
 from rewrite.passes.dump import dump, program
 from rewrite.passes.factor import FACTOR, OPEN, ROWS, note_dense, sweep
 from rewrite.passes.fuse import FUSE, branch
@@ -88,6 +89,8 @@ def run(gm: fx.GraphModule, record: GraphRecord, pipeline: tuple[Pass, ...] = PI
             log.debug("%s", text)
         dump(record, number, step.name, text)
     keep.label(graphs, record.rules)
+    if any(isinstance(rule, keep.Coarse) for _, rule in record.rules):
+        record.passes.append(coarse(graphs, record))
     for part in parts:
         part.recompile()
         note_dense(part.graph, record)

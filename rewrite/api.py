@@ -10,7 +10,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from rewrite import inventory, lower, peft, planning
-from rewrite.bind import canonical
+from rewrite.bind import canonical, valued
 from rewrite.errors import RewriteError, SpecError
 from rewrite.method import Method
 from rewrite.methods import registry
@@ -36,7 +36,7 @@ def parse(text: str) -> Spec:
     """
     spec = parse_text(text)
     planning.read(spec)
-    return parse_text(canonical(spec, registry()))
+    return valued(parse_text(canonical(spec, registry())), registry())
 
 
 def methods() -> dict[str, type[Method]]:

@@ -144,6 +144,11 @@ def canonical(spec: Spec, methods: Mapping[str, type]) -> str:
     return str(replace(spec, clauses=tuple(_ordered(clause, methods[clause.call.name]) for clause in spec.clauses)))
 
 
+def valued(spec: Spec, methods: Mapping[str, type]) -> Spec:
+    """A spec whose words in parentheses are values where a method takes one there: `save(fp8)` names no site."""
+    return replace(spec, clauses=tuple(_valued(clause, methods[clause.call.name]) for clause in spec.clauses))
+
+
 def _ordered(clause: Clause, cls: type) -> Clause:
     clause = _valued(clause, cls)
     positional = clause.sites is not None and _positional(cls)
@@ -240,12 +245,13 @@ class _Binder:
         """A clause is marked by '~' where its method is approximate, and only there."""
         if not hasattr(method, "approximation"):
             return
-        why, name = method.approximation(clause.approximate), clause.call.name
+        why = method.approximation(clause.approximate)
         other = f"write {brief(str(replace(clause, approximate=not clause.approximate)), 80)}"
         if why is not None and not clause.approximate:
             raise self.error(clause.call.span, f"{brief(str(clause.call))} is approximate: {why}", other)
         if why is None and clause.approximate:
-            raise self.error(clause.call.span, f"{name} is exact, it needs no '~'", other)
+            written = brief(str(clause.call)).removesuffix("()")
+            raise self.error(clause.call.span, f"{written} needs no '~': nothing about it is approximate", other)
 
     def no_sites(self, clause: Clause) -> None:
         """A clause about the whole model has no sites."""

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 
+from rewrite.bind import bind
 from rewrite.methods import registry
 from rewrite.parser import parse
 from rewrite.passes.record import GraphRecord, PassRecord, group, summarise
@@ -112,11 +113,11 @@ def _start(state: Attachment) -> list[str]:
     stored = dict.fromkeys(g.label for g in state.grafts if g.where == "storage")
     if stored:
         text += f"; {', '.join(stored)} rounds the weights that it stores"
-    clauses = parse(state.spec).clauses
-    rounding = [str(clause) for clause in clauses if known[clause.call.name].rounds and not clause.approximate]
+    bound = bind(parse(state.spec), known)
+    rounding = [str(b.clause) for b in bound if b.method.rounds]
     if rounding:
         text += f"; {', '.join(rounding)} rounds what the backward reads, the forward is exact"
-    approximate = [str(clause) for clause in clauses if clause.approximate]
+    approximate = [str(b.clause) for b in bound if b.clause.approximate]
     return [f"step 0: {text}", f"approximate: {', '.join(approximate) or 'nothing'}"]
 
 

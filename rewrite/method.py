@@ -108,7 +108,6 @@ class Method:
     trains: ClassVar[bool | tuple[str, ...]] = False  # the base tensors of the site: all, or those of these names
     policy: ClassVar[bool] = False  # places nothing: a clause about its sites, or without `kinds` about the whole model
     anywhere: ClassVar[bool] = False  # a policy that is about the whole model where it is written without sites
-    rounds: ClassVar[bool] = False  # a policy by which the backward reads rounded copies: gradients are near, not equal
     pointwise: ClassVar[bool] = False  # `output` or `input` scales and shifts every channel alone, so that it merges
     calibration: ClassVar[Literal["inputs", "scales", "gradients"] | None] = None  # what `calibrated` wants to see
     within_rank: ClassVar[bool] = False  # its argument r is at most the rank of the weight
@@ -119,6 +118,11 @@ class Method:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.name = cls.__dict__.get("name", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower())
+
+    @property
+    def rounds(self) -> bool:
+        """Whether, by this policy, the backward reads rounded copies: gradients are near the exact ones, not equal."""
+        return False
 
     def params(self, site: Site) -> dict[str, Param]:
         """The method's tensors at a site with the matrix (*stack, out_features, in_features), in a fixed order."""

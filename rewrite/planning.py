@@ -158,6 +158,7 @@ def resolve(inventory: Inventory, text: str | Spec, parameters: int = 0) -> Plan
         raise resolver.error(bound[0].clause, f"{inventory.model} has no parameters: there is nothing to adapt")
     placements: list[Placement] = []
     policies = [resolver.policy(b, bound) for b in bound if b.method.policy]
+    resolver.check_kept(policies)
     bound = tuple(b for b in bound if not b.method.policy)
     trained = [b for b in bound if b.method.trains]
     taken = {
@@ -244,6 +245,18 @@ class _Resolver(Selection):
         if (reason := method.beside([b.method for b in every if b is not bound], sites)) is not None:
             raise self.error(clause, f"{method.name} cannot stand here: {reason}")
         return Policy(method, clause, sites)
+
+    def check_kept(self, policies: Sequence[Policy]) -> None:
+        """Two clauses say different things of a value that a step saves only where one of them names no sites."""
+        known: dict[tuple[type, str], Policy] = {}
+        for policy in policies:
+            rule = policy.method.keeps(policy.clause.approximate)
+            for path in [s.path for s in policy.sites] if policy.clause.sites is not None else [""]:
+                other = None if rule is None else known.setdefault((type(rule), path), policy)
+                if other is not None and other is not policy:
+                    first, where = other.clause, path or "the whole model"
+                    hint = f"leave it out of one of them: -{policy.sites[0].roles[0]}" if path else "write it once"
+                    raise self.error(policy.clause, f"'{policy.clause}' and '{first}' are both about {where}", hint)
 
     def whole(self, clause: Clause, method: Method, chosen: list[Site]) -> list[Site]:
         """The chosen sites with all parts of a fused weight as that weight, for methods that take nothing less."""

@@ -17,10 +17,14 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import _checkpoint_without_reentrant_generator
 
+from rewrite.codegen.activations import NONLINEARITIES, coarse_activation
 from rewrite.codegen.codecs import Codec, memory_order
-from rewrite.passes.keep import Encoded, Placed, Recomputed, Rule, block, marker
+from rewrite.passes.coarse import of_call
+from rewrite.passes.keep import Budgeted, Coarse, Encoded, Placed, Recomputed, Rule, block, marker
+from rewrite.passes.record import summarise
 
 _HELD = "_rewrite_keep"
 _STATISTIC = 4
@@ -34,11 +38,12 @@ class Held:
 
     markers: list[Callable[[Any], Any]] = field(default_factory=list)
     codec: Codec | None = None
+    coarse: Coarse | None = None
     recomputes: bool = False
 
     @property
     def eager(self) -> bool:
-        return self.codec is not None or self.recomputes
+        return self.codec is not None or self.coarse is not None or self.recomputes
 
 
 def place(model: nn.Module, rules: Sequence[Placed]) -> list[str]:
@@ -47,16 +52,25 @@ def place(model: nn.Module, rules: Sequence[Placed]) -> list[str]:
         _held(model.get_submodule(path)).markers.append(marker(rule))
     notes = []
     for rule, groups in _groups(rules).items():
+        left: list[str] = []
         for paths in groups:
-            owners = _owners(model, paths, rule)
+            owners = [] if isinstance(rule, Budgeted) else _owners(model, paths, rule)
+            left += [] if owners else paths
             for owner in owners:
-                held = _held(model.get_submodule(owner))
-                if isinstance(rule, Encoded):
-                    held.codec = rule.codec
-                held.recomputes |= isinstance(rule, Recomputed)
-            if not owners:
-                notes.append(f"{rule.label}: in eager nothing of it is carried out at {', '.join(paths)}")
+                _tell(_held(model.get_submodule(owner)), rule)
+        if left:
+            where = summarise([path for path in left if path]) or "the whole model"
+            notes.append(f"{rule.label}: in eager nothing of it is carried out at {where}")
     return list(dict.fromkeys(notes))
+
+
+def _tell(held: Held, rule: Rule) -> None:
+    """Have a module carry a rule out in eager."""
+    if isinstance(rule, Encoded):
+        held.codec = rule.codec
+    if isinstance(rule, Coarse):
+        held.coarse = rule
+    held.recomputes |= isinstance(rule, Recomputed)
 
 
 def take_off(model: nn.Module) -> None:
@@ -107,7 +121,7 @@ def _owners(model: nn.Module, paths: list[str], rule: Rule) -> list[str]:
     owner = ".".join(shared)
     if owner and not (rule.family and owner == block(paths[0])):
         return [owner]
-    return paths if isinstance(rule, Encoded) else []
+    return paths if isinstance(rule, Encoded) else []  # what lies between them is in no module of its own
 
 
 # --- around a forward ---
@@ -125,6 +139,8 @@ def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         _stack().append((module, stack))
         if held.codec is not None and not _checkpointed():
             stack.enter_context(Encoding(held.codec, module, args, kwargs))
+        if held.coarse is not None:
+            stack.enter_context(Coarsening(held.coarse))
         if held.recomputes and not _keeps_state((*args, *kwargs.values())):
             stack.enter_context(_Checkpoint(module, args, kwargs))
     return None
@@ -192,6 +208,28 @@ class _Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         next(self.steps, None)
+
+
+class Coarsening(TorchFunctionMode):
+    """Lets the nonlinearities that are called while it is entered store their derivative."""
+
+    def __init__(self, rule: Coarse) -> None:
+        super().__init__()
+        self.rule = rule
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        known = of_call(getattr(func, "__name__", "") if _is_method(func) else func, args, kwargs)
+        x = (args[0] if args else kwargs.get("input")) if known is not None else None
+        if known is not None and isinstance(x, torch.Tensor) and x.ndim and x.requires_grad:
+            bits = NONLINEARITIES[known[0]].bits(self.rule.bits, self.rule.approximate)
+            if bits is not None:
+                return coarse_activation(x, known[0], bits, known[1])
+        return func(*args, **kwargs)
+
+
+def _is_method(func: Any) -> bool:
+    return getattr(func, "__objclass__", None) is torch._C.TensorBase  # x.relu()
 
 
 class _Stored:

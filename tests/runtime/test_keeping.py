@@ -143,6 +143,70 @@ def test_the_forward_is_exact_and_gradients_are_near(clause: str):
     assert rewrite.runtime.attach.require(model).calls.eager == 0  # type: ignore[attr-defined]
 
 
+def coarse(clause: str, activation: Any, base: str) -> tuple[Step, Step, nn.Module, nn.Module]:
+    """A step with derivatives stored, one of the plain model, and both models after compiling."""
+    changes: dict[str, Any] = {"activation": activation, "attends": False}
+    models = [compiled(net(spec, **changes)) for spec in (f"{base} + {clause}", base)]
+    steps = [run(m) for m in models]
+    eager = run(models[0], models[0].forward)
+    assert torch.equal(eager[0], steps[0][0])
+    assert_same(eager[1], steps[0][1], 1e-12)
+    return steps[0], steps[1], models[0], models[1]
+
+
+def test_relu_in_one_bit_is_exact():
+    (y, found), (exact, wanted), model, other = coarse("save(bit1)", F.relu, "lora(r=4)@ffn.up")
+    assert torch.equal(y, exact)
+    assert_same(found, wanted, 1e-12)
+    (code,) = [s for s in record(model).counts["saved"] if s["dtype"] == "uint8"]
+    assert code["bytes"] == 3 * 17 * INNER // 8
+    dropped = record(other).counts["saved_bytes"] - record(model).counts["saved_bytes"]
+    assert dropped >= 3 * 17 * INNER * 7  # eight bytes a value before
+
+
+@pytest.mark.parametrize(
+    ("clause", "stored"),
+    [
+        ("~save(int4)@ffn", lambda x: (slope(x) * 11).round().clamp(-2, 13) / 11),
+        ("~save(bit1)", lambda x: (x > 0).to(x.dtype)),
+    ],
+)
+def test_gradients_are_those_of_the_stored_derivative(clause: str, stored: Any):
+    class Plain(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return F.gelu(x)
+
+        @staticmethod
+        def backward(ctx, dy):  # type: ignore[override]
+            return dy * stored(ctx.saved_tensors[0])
+
+    (y, found), (exact, _), model, other = coarse(clause, F.gelu, "lora(r=4)@ffn.up")
+    assert torch.equal(y, exact)
+    reference = net("lora(r=4)@ffn.up", activation=Plain.apply, attends=False)
+    assert_same(found, run(reference, reference.forward)[1], 1e-9)
+    bits = 4 if "int4" in clause else 1
+    codes = [s["bytes"] for s in record(model).counts["saved"] if s["dtype"] == "uint8"]
+    assert codes == [3 * 17 * INNER * bits // 8]
+    assert record(model).counts["saved_bytes"] < record(other).counts["saved_bytes"] - 7 * 3 * 17 * INNER
+
+
+def slope(x: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten.gelu_backward(torch.ones_like(x), x)
+
+
+def test_a_gate_and_a_smooth_function_without_a_mark_are_left_and_told():
+    model = compiled(net("lora(r=4)@ffn.up + save(bit1)", activation=F.gelu, attends=False))
+    run(model)
+    assert "gelu has more than two slopes" in rewrite.explain(model)
+    model = compiled(net("lora(r=4)@ffn.up + ~save(int4)", activation=lambda x: F.silu(x) * x, attends=False))
+    run(model)
+    text = rewrite.explain(model)
+    assert "it multiplies another activation" in text
+    assert "approximate: ~save(int4)" in text
+
+
 def test_bytes_fall_as_claimed():
     model = compiled(net(BASE, torch.bfloat16))
     run(model)
