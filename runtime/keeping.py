@@ -51,7 +51,8 @@ def place(model: nn.Module, rules: Sequence[Placed]) -> list[str]:
     for path, rule in rules:
         _held(model.get_submodule(path)).markers.append(marker(rule))
     notes = []
-    for rule, groups in _groups(rules).items():
+    # Clauses with sites have the last word where a module is told twice.
+    for rule, groups in _groups(sorted(rules, key=lambda placed: placed[0] != "")).items():
         left: list[str] = []
         for paths in groups:
             owners = [] if isinstance(rule, Budgeted) else _owners(model, paths, rule)

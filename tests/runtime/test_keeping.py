@@ -19,7 +19,7 @@ import rewrite
 from rewrite.codegen.codecs import CODECS, Codec
 from rewrite.passes.record import GraphRecord
 from rewrite.runtime.captures import records_of
-from tests.models import assert_close, assert_same, disturb, gradients, traces
+from tests.models import ONE_LAYER, assert_close, assert_same, batch, build, disturb, gradients, step, traces
 
 WIDTH, INNER, WORDS = 40, 96, 13
 Step = tuple[torch.Tensor, dict[str, torch.Tensor]]
@@ -403,3 +403,27 @@ def test_explain_tells_what_is_stored_and_what_is_left():
     assert "a statistic" in text
     edits = next(p for p in record(model).passes if p.name == "encode").edits
     assert all("save fp8(" in e.added[0] and "bytes" in e.removed[0] for e in edits)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # as above
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["llama", "t5", "bert"])
+def test_architectures(name: str, checkpointing: bool):
+    """Caches, blocks that call their projections themselves, two stacks; what a checkpointed block keeps is encoded."""
+    outcomes = []
+    for clause in ("", " + save(int8)", " + recompute@attn,ffn"):
+        model = build(name, **ONE_LAYER[name])
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        torch.manual_seed(0)
+        model = disturb(rewrite.attach(model, f"lora(r=4)@linear-head{clause}")).train()
+        for call in (compiled(model), model.forward):
+            outcomes.append(step(model, call, batch(name, tokens=40)))
+    (output, wanted), *others = outcomes
+    for number, (other, found) in enumerate(others, 1):
+        assert torch.equal(other.logits, output.logits)
+        if number in (2, 3):
+            assert max(float((found[n] - g).norm() / g.norm()) for n, g in wanted.items()) < 0.2
+        else:
+            assert_same(found, wanted)
