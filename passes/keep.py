@@ -11,7 +11,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -32,6 +32,7 @@ class Rule:
 
     label: str = ""
     family: str = ""
+    local: ClassVar[bool] = True  # what it does to one block does not depend on the others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ class Recomputed(Rule):
 class Budgeted(Rule):
     """Of what min-cut would save, at most `fraction` is; the rest is recomputed, the cheapest first."""
 
+    local: ClassVar[bool] = False
     fraction: float
 
 

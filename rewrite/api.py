@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -12,6 +14,8 @@ from torch.export import ExportedProgram
 from rewrite import inventory, lower, peft, planning
 from rewrite.bind import canonical, valued
 from rewrite.errors import RewriteError, SpecError
+from rewrite.estimate import batch_of
+from rewrite.fitting import fit
 from rewrite.method import Method
 from rewrite.methods import registry
 from rewrite.parser import parse as parse_text
@@ -24,6 +28,7 @@ from rewrite.sitemap import SiteMap, site_map
 from rewrite.spec import Spec, known_role
 from rewrite.structure.inputs import Inputs
 
+log = logging.getLogger(__name__)
 Batch = Inputs | Mapping[str, Any] | Sequence[Any]
 """A batch for one forward: keyword arguments as a mapping, positional ones as a sequence."""
 
@@ -89,20 +94,7 @@ def attach(model: nn.Module, spec: str | Spec, *, inputs: Batch | None = None) -
     The model stays an instance of its class and works with or without `torch.compile(model, backend="rewrite")`.
     `inputs` as in `plan`.
     """
-    return _attach(model, _plan(model, spec, inventory.take(model, _batch(inputs))))
-
-
-def _attach(model: nn.Module, planned: Plan, values: dict[str, Any] | None = None) -> nn.Module:
-    return attaching.attach(
-        model,
-        lower.grafts(planned),
-        policies=lower.regimes(planned),
-        spec=planned.spec,
-        sites=planned.rows(),
-        notes=planned.notes,
-        values=values,
-        rules=lower.rules(planned),
-    )
+    return lower.attach(model, _plan(model, spec, inventory.take(model, _batch(inputs))))
 
 
 def compile(
@@ -113,18 +105,33 @@ def compile(
     backend: str = "inductor",
     dynamic: bool | None = True,
     chunked_loss: bool = True,
+    memory: str | int | None = None,
+    tokens: int | None = None,
+    batch: int = 1,
 ) -> nn.Module:
     """`attach(model, spec)`, and let `model(...)` run compiled; the same instance comes back.
 
     `backend`: `inductor`, `aot_eager`, or `eager` (our rewritten graph as it is, for debugging).  `dynamic` as in
     `torch.compile`.  `chunked_loss`: a training step computes head and cross entropy in chunks of rows and keeps no
-    logits; `output.logits` are computed when they are read (docs/loss.md).  `inputs` as in `plan`.  A failed compile
-    leaves the model as it was.
+    logits; `output.logits` are computed when they are read (docs/loss.md).  `inputs` as in `plan`.  With `memory`
+    (bytes, or `"12GiB"`), what a training step on `batch` rows of `tokens` tokens (or on `inputs`) needs beside the
+    spec to fit is added to it and said: recomputation, saved activations or a base in fewer bits, fewer adapted
+    blocks (docs/memory.md).  A failed compile leaves the model as it was.
 
     Example: `model = rewrite.compile(model, "lora(r=8)@attn.q,v + nf4(base)")`
     """
     compiled.check_backend(backend)
-    return compiled.compile_model(attach(model, spec, inputs=inputs), backend, dynamic, chunked_loss)
+    note = ""
+    if memory is not None:
+        if tokens is None and inputs is None:
+            raise RewriteError("memory=... is counted on a batch: say how many tokens=..., or pass inputs={...}")
+        sample = Inputs.of(inputs) if inputs is not None else batch_of(model, tokens or 1, batch)
+        found = fit(model, spec, memory, sample)
+        spec, note = found.spec, found.note
+        log.warning("%s", note)
+    planned = _plan(model, spec, inventory.take(model, _batch(inputs)))
+    planned = replace(planned, notes=(*planned.notes, note)) if note else planned
+    return compiled.compile_model(lower.attach(model, planned), backend, dynamic, chunked_loss)
 
 
 def apply(program: ExportedProgram, spec: str | Spec) -> ExportedProgram:
@@ -166,7 +173,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         return model
     planned = _plan(model, found.spec, inventory.take(model))
     checkpoint.check_tensors(found, _expected(lower.grafts(planned)))
-    return _attach(model, planned, found.tensors)
+    return lower.attach(model, planned, found.tensors)
 
 
 def load_peft(model: nn.Module, folder: str | os.PathLike[str], *, inputs: Batch | None = None) -> nn.Module:

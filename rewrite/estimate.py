@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,26 +57,29 @@ class Estimator:
         """What the base is made of: found out once for all specs."""
         return inventory.take(self.bare)
 
+    def attached(self, spec: str | Spec) -> nn.Module:
+        """A copy of the base, without numbers, with `spec` attached."""
+        planned = planning.resolve(self.inventory, spec, sum(p.numel() for p in self.bare.parameters()))
+        return lower.attach(without_numbers(self.bare), planned)
+
     def estimate(self, spec: str | Spec) -> Estimate:
         """The base with `spec` attached."""
-        planned = planning.resolve(self.inventory, spec, sum(p.numel() for p in self.bare.parameters()))
-        model = without_numbers(self.bare)
-        attaching.attach(model, lower.grafts(planned), spec=planned.spec, sites=planned.rows(), notes=planned.notes)
-        return self._counted(model, planned.spec, planned.notes)
+        return self.counted(self.attached(spec))
 
     def as_it_is(self) -> Estimate:
         """The model with what is attached to it."""
-        state = attaching.attachment(self.given)
-        return self._counted(self.given, state.spec if state else "", state.notes if state else ())
+        return self.counted(without_numbers(self.given))
 
     def full(self) -> Estimate:
         """Full fine-tuning of the base."""
         model = without_numbers(self.bare)
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
-        return self._counted(model, "")
+        return self.counted(model)
 
-    def _counted(self, model: nn.Module, spec: str, notes: Sequence[str] = ()) -> Estimate:
+    def counted(self, model: nn.Module) -> Estimate:
+        """A step of a copy of the base, as it is adapted."""
+        state = attaching.attachment(model)
         model.train()
         try:
             counts = counted(model, self.batch.args, self.batch.kwargs, self.inventory.blocks)
@@ -88,7 +90,7 @@ class Estimator:
             raise RewriteError(
                 f"a step of {type(model).__name__} cannot be counted without numbers: {reason}"
             ) from error
-        return Estimate(spec, tuple(holdings(model)), counts, tuple(notes))
+        return Estimate(state.spec if state else "", tuple(holdings(model)), counts, state.notes if state else ())
 
 
 def batch_of(model: Any, tokens: int, rows: int) -> Inputs:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from rewrite import functions
 from rewrite.blocks import Block
@@ -23,6 +24,7 @@ from rewrite.method import Method, Param, asks_shape, states
 from rewrite.passes.keep import Placed
 from rewrite.planning import Placement, Plan
 from rewrite.regime import Regime
+from rewrite.runtime import attach as attaching
 from rewrite.runtime import graft as runtime
 from rewrite.runtime.graft import Behaviour, Graft, Side, Slot
 from rewrite.sites import Site
@@ -30,6 +32,20 @@ from rewrite.sites import Site
 Tensor = torch.Tensor
 TOKENS_AT_HAND = 2048
 """Tokens in a step at which costs are compared: what a site sees is not known when it is lowered."""
+
+
+def attach(model: nn.Module, plan: Plan, values: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """Carry out a plan on a model, in place; `values` (of a checkpoint) replace the initialisers."""
+    return attaching.attach(
+        model,
+        grafts(plan),
+        policies=regimes(plan),
+        spec=plan.spec,
+        sites=plan.rows(),
+        notes=plan.notes,
+        values=values,
+        rules=rules(plan),
+    )
 
 
 def grafts(plan: Plan) -> list[Graft]:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from rewrite.runtime.adapter import Adapter
+from rewrite.runtime.attach import attachment
 from rewrite.runtime.dry_run import dry_run, without_numbers
 
 _LONGEST = 8  # blocks in a pattern
@@ -67,8 +68,10 @@ def counted(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], st
 
     Exact where alike blocks take alike; a model that does not run with fewer blocks is run as a whole.
     """
-    bare = without_numbers(model)
-    runs = [run for stack in stacks for run in runs_of(bare, stack)]
+    bare, state = without_numbers(model), attachment(model)
+    # A rule about the whole step (a budget) decides anew at every depth.
+    alike = state is None or all(rule.local for _, rule in state.rules)
+    runs = [run for stack in stacks for run in runs_of(bare, stack)] if alike else []
     base = {run: min(run.repeats, _FEW - 1) for run in runs}
     try:
         first = _step(bare, args, kwargs, base)

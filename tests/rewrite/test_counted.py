@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rewrite.estimate import Estimate, Estimator, batch_of
 from rewrite.runtime.scaling import Counts
-from rewrite.structure.inputs import Inputs
 
 GIB, TERA, GB = 2**30, 1e12, 1e9
 
