@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from rewrite.estimate import Estimate, Estimator, batch_of
 from rewrite.runtime.scaling import Counts
+from rewrite.structure.inputs import Inputs
 
 GIB, TERA, GB = 2**30, 1e12, 1e9
 
@@ -68,3 +69,42 @@ def test_llama_2_7b_at_512_tokens(seven: Estimator, spec: str):
     assert counts.saved_bytes / GIB <= gibibytes
     if teraflops is not None:
         assert work(counts) / TERA <= teraflops
+
+
+def test_s2ft_on_the_grid_of_its_paper(seven: Estimator):
+    """Up to 3 times less than full fine-tuning (Yang et al. 2024): 512 and 1024 tokens, 1 and 2 rows."""
+    full, s2ft = seven.full(), seven.estimate("s2ft(heads=2, channels=220)")
+    for rows in (1, 2, 4):  # of 512 tokens: what is saved grows with the tokens of a step
+        ratio = total(full, rows * full.counts.saved_bytes) / total(s2ft, rows * s2ft.counts.saved_bytes)
+        assert 2.9 <= ratio <= 3.6
+
+
+def test_lst_on_t5_base():
+    """Full fine-tuning, LoRA and LST take 17.6, 12.6 and 5.5 GB (Sung et al. 2022, table 1)."""
+    sizes = {"d_model": 768, "d_ff": 3072, "d_kv": 64, "num_layers": 12, "num_heads": 12, "vocab_size": 32128}
+    with torch.device("meta"):
+        model = T5ForConditionalGeneration(T5Config(**sizes))
+        source, target = (torch.zeros(100, tokens, dtype=torch.int64) for tokens in (128, 2))
+    batch = Inputs((), {"input_ids": source, "decoder_input_ids": target, "labels": target, "use_cache": False})
+    counting = Estimator(model, batch)
+    kept = "blocks[1,2,3,5,6,7,9,10,11]"  # both stacks leave out 0, 4 and 8
+    found = {
+        "full": counting.full(),
+        "lora": counting.estimate("lora(r=32)@attn.q,v"),
+        "lst": counting.estimate(f"ladder(reduction=8)@{kept}"),
+    }
+    published = {"full": 17.6, "lora": 12.6, "lst": 5.5}
+    for name, estimate in found.items():
+        assert total(estimate, estimate.counts.default_saved) / GB == pytest.approx(published[name], rel=0.15)
+    base = sum(h.parameters for h in found["full"].held)
+    assert sum(h.parameters for h in found["lst"].held if h.trains) / base == pytest.approx(0.0174, abs=0.0012)
+
+
+def test_qst_on_llama_2_70b():
+    """7 times less than full fine-tuning in all (Zhang et al. 2024), 16 rows of 384 tokens."""
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 8}
+    counting = estimator(llama(**sizes, **heads), tokens=384, rows=16)
+    full, qst = counting.full(), counting.estimate("qst(reduction=16, r=16)@blocks + nf4(base)")
+    assert sum(h.parameters for h in full.held) == pytest.approx(69e9, rel=0.01)
+    assert total(full, full.counts.default_saved) / total(qst, qst.counts.default_saved) >= 7

@@ -14,7 +14,7 @@ from rewrite.estimate import Estimator, batch_of
 from rewrite.fitting import amount
 from tests.models import build
 
-WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4}
+WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2}
 SPEC, TOKENS = "lora(r=4)@linear-head", 64
 
 
