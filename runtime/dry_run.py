@@ -16,7 +16,7 @@ import torch
 import torch._dynamo
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rewrite.passes.partition import Partitioner
 from rewrite.passes.record import GraphRecord
@@ -51,6 +51,29 @@ def dry_run(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
     with torch._dynamo.config.patch(settings()), torch.enable_grad(), mode:
         call(faked, *batch[0], **batch[1])
     return records
+
+
+def eager_bytes(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> int:
+    """Bytes that autograd keeps for the backward of an eager step, each storage once, under fake tensors.
+
+    Parameters, buffers and inputs are not counted.  On a CPU dropout keeps its mask in the dtype of its input, where a
+    GPU keeps a byte.
+    """
+    mode, kept = FakeTensorMode(allow_non_fake_inputs=True), dict[int, Any]()
+    faked = _faked(without_numbers(model), mode)
+    batch: Any = tree_map_only(Tensor, lambda t: _fake(t, mode), (tuple(args), dict(kwargs or {})))
+    inputs = [t for t in tree_leaves(batch) if isinstance(t, Tensor)]
+    known = {t.untyped_storage()._cdata for t in (*faked.parameters(), *faked.buffers(), *inputs)}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            kept.setdefault(storage._cdata, storage)
+        return tensor
+
+    with mode, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        faked(*batch[0], **batch[1])
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def _counting(records: list[GraphRecord]) -> Callable[..., Any]:
