@@ -19,6 +19,7 @@ import rewrite
 from rewrite.codegen.codecs import CODECS, Codec
 from rewrite.passes.record import GraphRecord
 from rewrite.runtime.captures import records_of
+from rewrite.runtime.dry_run import dry_run
 from tests.models import ONE_LAYER, assert_close, assert_same, batch, build, disturb, gradients, step, traces
 
 WIDTH, INNER, WORDS = 40, 96, 13
@@ -427,3 +428,20 @@ def test_architectures(name: str, checkpointing: bool):
             assert max(float((found[n] - g).norm() / g.norm()) for n, g in wanted.items()) < 0.2
         else:
             assert_same(found, wanted)
+
+
+def test_llama_2_7b_keeps_less_than_0_85_gib():
+    """Counted on the graphs of `torch.compile`: LoRA r8 on q and v, bfloat16, one sequence of 512 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def saved(layers: int) -> int:
+        with torch.device("meta"):
+            model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers)).to(torch.bfloat16).train()
+            tokens = torch.zeros(1, 512, dtype=torch.long)
+        rewrite.attach(model, "lora(r=8)@attn.q,v + save(fp8)")
+        (record,) = dry_run(model, kwargs={"input_ids": tokens, "labels": tokens, "use_cache": False})
+        return record.counts["saved_bytes"]
+
+    two, three = saved(2), saved(3)
+    assert three - two < 25.1 * 2**20  # 49.6 MiB a layer without
+    assert two + 30 * (three - two) < 0.85 * 2**30
