@@ -40,7 +40,7 @@ def rewrite_backend(
     """
     settings = dict(options or {})
     engine = check_backend(settings.pop("backend", "inductor"))
-    chunked_loss = bool(settings.pop("chunked_loss", True))
+    chunked_loss = settings.pop("chunked_loss", None)
     record = GraphRecord(title=f"graph_{next(_numbers)}", training=torch.is_grad_enabled())
     tensors = list(capture.adapter_tensors(gm)) or list(capture.parameters(gm))
     gm, finish = lowered(gm, record, chunked_loss)
@@ -51,20 +51,20 @@ def rewrite_backend(
 
 
 def lowered(
-    gm: fx.GraphModule, record: GraphRecord, chunked_loss: bool = True
+    gm: fx.GraphModule, record: GraphRecord, chunked_loss: bool | None = None
 ) -> tuple[fx.GraphModule, Callable[[Callable[..., Any]], Callable[..., Any]]]:
     """A captured graph after our pipeline, and what the function compiled from it must be wrapped in.
 
-    A graph without adapters comes back as it is.
+    A graph without adapters comes back as it is, unless its caller says what is to become of its loss.
     """
     record.arguments = tuple(capture.path_of(n) for n in gm.graph.nodes if n.op == "placeholder")
-    if not capture.has_adapters(gm):
+    if chunked_loss is None and not capture.has_adapters(gm):
         return gm, lambda compiled: compiled
     record.inputs = inputs_of(gm)
     reason = getattr(gm, "compile_subgraph_reason", None)
     record.broken = reason is not None and reason.graph_break
     gm = capture.copy_graph(gm)
-    pipeline.run(gm, record, pipeline.PIPELINE if chunked_loss else pipeline.without("loss"))
+    pipeline.run(gm, record, pipeline.without("loss") if chunked_loss is False else pipeline.PIPELINE)
     outputs = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
     later = deferred.split(gm, record)
     return gm, lambda compiled: returning(compiled, outputs, later)

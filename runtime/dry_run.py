@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rewrite.passes.partition import Partitioner
 from rewrite.passes.record import GraphRecord
+from rewrite.runtime.attach import attachment
 from rewrite.runtime.backend import lowered
 from rewrite.runtime.compiled import entry_of, settings
 
@@ -47,7 +48,9 @@ def dry_run(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
     mode, records = FakeTensorMode(allow_non_fake_inputs=True), list[GraphRecord]()
     faked = _faked(without_numbers(model), mode)
     batch: Any = tree_map_only(Tensor, lambda t: _fake(t, mode), (tuple(args), dict(kwargs or {})))
-    call = torch.compile(entry_of(faked), backend=_counting(records), dynamic=False)
+    call = torch.compile(
+        entry_of(faked), backend=_counting(records, True if attachment(model) else None), dynamic=False
+    )
     with torch._dynamo.config.patch(settings()), torch.enable_grad(), mode:
         call(faked, *batch[0], **batch[1])
     return records
@@ -76,7 +79,7 @@ def eager_bytes(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str,
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def _counting(records: list[GraphRecord]) -> Callable[..., Any]:
+def _counting(records: list[GraphRecord], chunked_loss: bool | None) -> Callable[..., Any]:
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         # Imported here: Inductor takes a second to load, and `import rewrite` should not.
         from torch._dynamo.backends.debugging import boxed_nop
@@ -85,7 +88,7 @@ def _counting(records: list[GraphRecord]) -> Callable[..., Any]:
         from torch._inductor.decomposition import select_decomp_table
 
         record = GraphRecord(title=f"step_{len(records)}", training=True)
-        gm, finish = lowered(gm, record)
+        gm, finish = lowered(gm, record, chunked_loss)
         records.append(record)
 
         def inner(gm: fx.GraphModule, inputs: list[Any], **_: Any) -> Any:
