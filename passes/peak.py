@@ -41,16 +41,7 @@ def _run(
     names: Mapping[str, fx.Node] | None = None,
 ) -> None:
     """Play a graph's schedule from what is `alive`; `names` says which storage a placeholder is."""
-    nodes, names = list(graph.nodes), names or {}
-    owners = {node: names.get(node.name, node) if node.op == "placeholder" else base(node) for node in nodes}
-    owners |= {node: owners[owner] for node, owner in owners.items() if owner in owners}  # views of placeholders
-    last: dict[fx.Node, int] = dict.fromkeys(alive, -1)
-    for number, node in enumerate(nodes):
-        for used in (node, *node.all_input_nodes):
-            last[owners[used]] = number
-    dying: dict[int, list[fx.Node]] = defaultdict(list)
-    for owner, number in last.items():
-        dying[number].append(owner)
+    nodes, dying = list(graph.nodes), _last_readers(list(graph.nodes), alive, names or {})
     held = dict(alive)
     for owner in dying[-1]:
         if owner not in stay:
@@ -66,6 +57,24 @@ def _run(
         for owner in dying[number]:
             if owner not in stay:
                 total -= held.pop(owner, 0)
+
+
+def _last_readers(
+    nodes: list[fx.Node], alive: Mapping[fx.Node, int], names: Mapping[str, fx.Node]
+) -> dict[int, list[fx.Node]]:
+    """Storages by the number of the node that reads them last; -1 for those that no node reads."""
+    owners: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        owner = base(node)  # of a placeholder itself, which may be a storage of the forward
+        owners[node] = names.get(owner.name, owner) if owner.op == "placeholder" else owner
+    last = dict.fromkeys(alive, -1)
+    for number, node in enumerate(nodes):
+        for used in (node, *node.all_input_nodes):
+            last[owners[used]] = number
+    found: dict[int, list[fx.Node]] = defaultdict(list)
+    for owner, number in last.items():
+        found[number].append(owner)
+    return found
 
 
 def _transient(node: fx.Node) -> int:

@@ -248,7 +248,7 @@ def _side(placed: Placement, common: dict[str, Any]) -> Graft:
         initialise=functools.partial(_initialise, method, params),
         behaviour=_behaviour(method, clause),
         side=side,
-        **common | {"tensor": ""},
+        **{**common, "tensor": ""},
     )
 
 

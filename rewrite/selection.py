@@ -23,7 +23,8 @@ class Selection:
     def __init__(self, inventory: Inventory, source: str, aliases: Sequence[str] = ()) -> None:
         self.inventory, self.source, self.aliases = inventory, source, aliases
         found = find(inventory)
-        self.sites, self.notes = found.sites, list(found.notes)
+        self.sites = found.sites
+        self.notes: list[str] = list(found.notes)
 
     def error(self, at: Term | Clause, message: str, hint: str = "") -> ResolveError:
         return ResolveError(message, self.source, at.span[0], at.span[1], hint)
