@@ -225,9 +225,13 @@ def _core(
     return losses.sum() if factor is None else losses.sum() * factor, gradients.result()
 
 
+def statistics(dtype: torch.dtype, steps: Chain) -> torch.dtype:
+    """The dtype of the losses of a head of `dtype`: that of its logits at last, and no less than float32."""
+    return torch.promote_types(steps.dtype(dtype), torch.float32)
+
+
 def _statistics(x: Tensor, steps: str) -> torch.dtype:
-    """The dtype of the losses: that of the logits, and no less than float32."""
-    return torch.promote_types(Chain.parse(steps).dtype(x.dtype), torch.float32)
+    return statistics(x.dtype, Chain.parse(steps))
 
 
 def _core_fake(

@@ -6,12 +6,15 @@ In training graphs alone.  Logits that the model also returns are computed when 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import fx
 
+from rewrite.codegen.cross_entropy import statistics
 from rewrite.passes.builder import example
+from rewrite.passes.counting import hint
 from rewrite.passes.deferred import between, is_random, mark
 from rewrite.passes.head import TRANSPOSED, Head, Unknown, cross_entropy, find, follows, replay
 from rewrite.passes.pattern import Captures, Pattern
@@ -81,10 +84,10 @@ def _check(head: Head, loss: dict[str, Any], node: fx.Node, broken: bool) -> Non
                 raise Unknown("its logits leave a checkpointed region")
             if broken:
                 raise Unknown("a graph break follows, and what comes after it reads its logits")
-    classes, width = example(head.node).shape[-1], example(head.x).shape[-1]
-    if not classes > width:
-        raise Unknown(f"{classes} logits a row are no more than the {width} numbers that they are made of")
-    if loss["reduction"] == "none" and _trains(head):
+    rows, classes = _rows_of(example(loss["target"])), int(example(head.node).shape[-1])
+    if not rows * classes * statistics(example(head.node).dtype, head.chain).itemsize > _gradients(head, rows):
+        raise Unknown(f"{rows} rows of {classes} logits take no more than the gradients that chunks keep instead")
+    if loss["reduction"] == "none" and _trained(head):
         raise Unknown('its head trains, and reduction="none" weighs every row by itself')
     cut = (head.x, *head.branches[0])
     if any(is_random(n) for n in between(head.node, cut) if n not in cut):
@@ -98,9 +101,21 @@ def _outermost(graph: fx.Graph) -> bool:
     return any(getattr(n, "_dynamo_source", None) is not None for n in graph.nodes if n.op == "placeholder")
 
 
-def _trains(head: Head) -> bool:
+def _rows_of(target: torch.Tensor) -> int:
+    """How many rows a loss has; in a graph of dynamic sizes, in the call that it was captured from."""
+    return math.prod(hint(size) for size in target.shape)
+
+
+def _gradients(head: Head, rows: int) -> int:
+    """Bytes that the operator keeps for the backward: the gradients of the head's input and of what trains in it."""
+    width = sum(example(n).shape[-1] for n in (head.x, *head.branches[0]))
+    trained = sum(example(n).numel() for n in _trained(head))
+    return (rows * width + trained) * example(head.node).dtype.itemsize
+
+
+def _trained(head: Head) -> list[fx.Node]:
     parameters = [*head.weight, head.bias, *head.branches[1]]
-    return any(isinstance(n, fx.Node) and example(n).requires_grad for n in parameters)
+    return [n for n in parameters if isinstance(n, fx.Node) and example(n).requires_grad]
 
 
 def _readers(node: fx.Node, head: Head, loss: fx.Node) -> list[fx.Node]:

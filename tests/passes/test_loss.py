@@ -16,7 +16,7 @@ from tests.models import assert_close
 from tests.passes.graphs import capture, inputs
 
 Tensor = torch.Tensor
-D, V, T = 7, 23, 5
+D, V, T = 7, 23, 11
 
 
 class Head(nn.Module):
@@ -96,10 +96,31 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-def test_chunked(loss, bias):
-    assert_chunked(Head(loss, bias), *batch())
+FEW = ("last token", "last token, kept", "picked rows", "one row")
+"""A few rows of logits take less than the gradient of a weight: chunked only where the head is frozen."""
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_chunked_under_a_frozen_head(loss):
+    model = Head(LOSSES[loss])
+    model.head.requires_grad_(False)
+    assert_chunked(model, *batch())
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name not in FEW])
+def test_chunked_with_a_head_that_trains(loss):
+    assert_chunked(Head(LOSSES[loss], bias=True), *batch())
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_weight_whose_gradient_is_more_than_the_logits(trains):
+    model, (x, y) = Head(LOSSES["flat"]), batch()
+    model.head.requires_grad_(trains)
+    if trains:
+        reason = "8 rows of 23 logits take no more than the gradients that chunks keep instead"
+        assert_left(model, x[:, :4].contiguous(), y[:, :4].contiguous(), because=reason)
+    else:
+        assert_chunked(model, x[:, :4].contiguous(), y[:, :4].contiguous())
 
 
 def test_the_cast_of_hugging_face():
@@ -191,7 +212,7 @@ def test_a_small_head_is_left():
     model = Head(lambda z, y: F.cross_entropy(z, y))
     model.head = nn.Linear(D, D)
     x, y = batch((4,))
-    assert_left(model, x, y % D, because=f"{D} logits a row are no more than the {D} numbers that they are made of")
+    assert_left(model, x, y % D, because="4 rows of 7 logits take no more than the gradients that chunks keep instead")
 
 
 def test_logits_before_a_graph_break_are_left():
