@@ -171,21 +171,21 @@ def _refusal(inventory: Inventory, path: str, heads: Sequence[Heads]) -> str:
     return ""
 
 
-def network(chosen: Sequence[Site], late: bool) -> list[Site]:
+def network(chosen: Sequence[Site], late: bool, reads: bool) -> list[Site]:
     """The sites of the side networks beside some blocks, one for each stack: where it begins, its rungs, its end.
 
-    With `late`, it ends in front of the last block, beside which there is no rung.  A decoder reads the network of
-    the encoder, where both have one.
+    With `late`, it ends in front of the last block, beside which there is no rung.  With `reads`, a decoder's reads
+    that of the encoder, where both have one.
     """
     stacks: dict[str, list[Site]] = {}
     for site in chosen:
         if site.block is not None and not (late and site.path == site.block.last):
             stacks.setdefault(site.block.stack, []).append(site)
-    reads = [s for s, rungs in stacks.items() if _block_of(rungs[0]).cross is not None]
-    memory = next((s for s in stacks if s not in reads), None) if reads and len(stacks) == 2 else None
+    crossing = [s for s, rungs in stacks.items() if reads and _block_of(rungs[0]).cross is not None]
+    memory = next((s for s in stacks if s not in crossing), None) if crossing and len(stacks) == 2 else None
     found: list[Site] = []
     for stack, rungs in stacks.items():
-        if memory is not None and stack in reads:
+        if memory is not None and stack in crossing:
             width = _block_of(stacks[memory][0]).width
             rungs = [replace(s, block=replace(_block_of(s), memory=width)) for s in rungs]
         first = _block_of(rungs[0])

@@ -111,6 +111,7 @@ class Method:
     pointwise: ClassVar[bool] = False  # `output` or `input` scales and shifts every channel alone, so that it merges
     calibration: ClassVar[Literal["inputs", "scales", "gradients"] | None] = None  # what `calibrated` wants to see
     within_rank: ClassVar[bool] = False  # its argument r is at most the rank of the weight
+    reads: ClassVar[bool] = False  # a side network beside a decoder reads the one beside the encoder
     late: ClassVar[bool] = False  # a side network that joins in front of the last block, not behind it
     needs_storage: ClassVar[bool] = False  # stands only where the weight is stored in another format
     paper: ClassVar[str] = ""

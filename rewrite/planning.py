@@ -230,7 +230,7 @@ class _Resolver(Selection):
 
     def network(self, clause: Clause, method: Method, chosen: list[Site]) -> list[Site]:
         """The blocks chosen with the places where a side network begins and ends."""
-        found = network(chosen, method.late)
+        found = network(chosen, method.late, method.reads)
         if not found:
             raise self.error(clause, f"{method.name} joins in front of the last block, and '{clause}' has no other")
         return found

@@ -28,6 +28,8 @@ from rewrite.runtime.adapter import ADAPTERS, Adapter
 from rewrite.runtime.graft import Graft
 
 Tensor = torch.Tensor
+MASKED = -1e4
+"""An additive mask at or below this hides a key."""
 MEMORY = "rewrite_side_"
 """Key of an encoder's output that holds what its side network made, for a decoder that is called later."""
 
@@ -37,6 +39,7 @@ class Run:
 
     def __init__(self) -> None:
         self.states: dict[str, Any] = {}
+        self.calls: dict[str, Call] = {}  # of the last block that was tapped
         self.memory: Any = None
         self.within = False  # a forward of the whole model, which clears everything at its end
 
@@ -103,6 +106,17 @@ class Call:
             return None
         return self.mask[..., -queries:, -keys:] if self.mask.shape[-2] > 1 else self.mask[..., -keys:]
 
+    def allowed(self, queries: int, keys: Tensor) -> Tensor | None:
+        """Which of the keys (rows, tokens, width) each of the last so many tokens sees: (rows or 1, queries, keys)."""
+        total = keys.shape[-2]
+        mask = self.visible(queries, total)
+        if mask is not None:
+            seen = mask if mask.dtype == torch.bool else mask > MASKED
+            return seen[:, 0].expand(-1, queries, -1)
+        if not self.causal or queries == 1:
+            return None
+        return torch.ones(1, queries, total, dtype=torch.bool, device=keys.device).tril(total - queries)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of (rows, heads, tokens, width) to the tokens that the block's own sees, and to those before."""
         if self.rotary is not None:
@@ -153,9 +167,10 @@ def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         side, run = part.graft.side, part.run
         call = _call(part, module, args, kwargs)
         run.states[side.stack] = side.then(None, part.tap(h), call, part.tensors())
+        run.calls[side.stack] = call
     for part in _parts(module, "late"):
         name = None if args else next(iter(kwargs))
-        y = _joined(part, module, args[0] if name is None else kwargs[name], args, kwargs)
+        y = _joined(part, args[0] if name is None else kwargs[name])
         args, kwargs = ((y, *args[1:]), kwargs) if name is None else (args, kwargs | {name: y})
     return args, kwargs
 
@@ -170,21 +185,22 @@ def behind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
         if (s := run.states.get(side.stack)) is not None:
             call = _call(part, module, args, kwargs)
             run.states[side.stack] = side.then(s, part.tap(y), call, part.tensors())
+            run.calls[side.stack] = call
     new = y
     for part in _parts(module, "memory", "end"):
-        new = _joined(part, module, new, args, kwargs)
+        new = _joined(part, new)
     if new is y:
         return output
     return new if isinstance(output, Tensor) else (new, *output[1:])
 
 
-def _joined(part: SidePart, module: nn.Module, y: Tensor, args: Any, kwargs: Any) -> Tensor:
+def _joined(part: SidePart, y: Tensor) -> Tensor:
     """A stream at the end of a network, which is over with this."""
     side, run = part.graft.side, part.run
     s = run.states.pop(side.stack, None)
     if s is None:  # a norm that is called by itself
         return y
-    s = side.then(s, _call(part, module, args, kwargs), part.tensors())
+    s = side.then(s, run.calls.pop(side.stack), part.tensors())
     if side.part == "memory":
         run.memory = s
         return y
@@ -202,6 +218,7 @@ def opened(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     """Forward pre-hook of a model with side networks: nothing is left of an earlier forward."""
     for run in _runs(model):
         run.states.clear()
+        run.calls.clear()
         run.memory, run.within = None, True
         encoded = kwargs.get("encoder_outputs")
         if isinstance(encoded, dict):
@@ -212,6 +229,7 @@ def closed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     """Forward hook of a model with side networks."""
     for run in _runs(model):
         run.states.clear()
+        run.calls.clear()
         run.memory, run.within = None, False
 
 
@@ -243,7 +261,7 @@ def _call(part: SidePart, module: nn.Module, args: tuple[Any, ...], kwargs: dict
     rotary = bound.get("position_embeddings")
     if isinstance(rotary, tuple) and len(rotary) == 2 and rotary[0].ndim == 3:
         call.rotary = rotary
-    if cache is not None and side.part == "rung":
+    if cache is not None:
         _prepare(cache, side.slot)
         call.window = getattr(cache.layers[side.layer], "sliding_window", None) if call.mask is None else None
     if side.reads and side.part == "rung":
@@ -288,7 +306,7 @@ def _prepare(cache: Any, slot: int) -> None:
     from transformers.cache_utils import DynamicLayer
 
     while len(cache.layers) <= slot:
-        if getattr(cache.layers[0], "max_cache_len", None) is not None:
+        if cache.layers and getattr(cache.layers[0], "max_cache_len", None) is not None:
             raise RewriteError("side networks need a cache that grows (cache_implementation='dynamic')")
         cache.layers.append(DynamicLayer())
 

@@ -32,6 +32,7 @@ class Ladder(Method):
 
     kinds = frozenset({"block"})
     default_sites = "blocks"
+    reads = True
     paper = "https://arxiv.org/abs/2206.06522"
 
     def fits(self, site: Site) -> str | None:

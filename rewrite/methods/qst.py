@@ -33,6 +33,7 @@ class Qst(Method):
 
     kinds = frozenset({"block"})
     default_sites = "blocks"
+    reads = True
     paper = "https://arxiv.org/abs/2401.07159"
 
     def fits(self, site: Site) -> str | None:

@@ -31,7 +31,8 @@ from tests.models import (
 
 LADDERS = ("ladder(reduction=4)", "ladder(reduction=4, gate=vector, init=random)")
 QST = ("qst(reduction=4, r=3)", "qst(reduction=5, down=pool, gate=scalar, init=pruned)")
-NETWORKS = (*LADDERS, *QST)
+OTHERS = ("unipt(reduction=3)", "sherl(reduction=3)")
+NETWORKS = (*LADDERS, *QST, *OTHERS)
 """A width that the reduction divides, and one that it does not."""
 
 
@@ -124,8 +125,8 @@ def test_a_ladder_is_what_the_paper_writes():
 
 @pytest.mark.parametrize(
     ("name", "spec"),
-    [("llama", LADDERS[0]), ("t5", LADDERS[1]), ("bert", QST[0]), ("gpt2", QST[1])],
-    ids=["llama", "t5", "bert", "gpt2"],
+    [("llama", LADDERS[0]), ("t5", LADDERS[1]), ("bert", QST[0]), ("gpt2", QST[1]), ("llama", OTHERS[0]), ("vit", OTHERS[1])],
+    ids=["ladder-llama", "ladder-t5", "qst-bert", "qst-gpt2", "unipt-llama", "sherl-vit"],
 )
 def test_compiled_is_one_graph_and_equals_eager(name: str, spec: str):
     counters.clear()
@@ -143,7 +144,7 @@ def test_compiled_is_one_graph_and_equals_eager(name: str, spec: str):
     assert "not captured" not in rewrite.explain(model)
 
 
-@pytest.mark.parametrize("spec", [LADDERS[0], QST[1]])
+@pytest.mark.parametrize("spec", [LADDERS[0], QST[1], *OTHERS])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 def test_generation_with_a_cache_is_generation_without(name: str, spec: str):
     model = disturb(rewrite.attach(plain(name), spec), 0.3)
@@ -161,7 +162,7 @@ def test_generation_with_a_cache_is_generation_without(name: str, spec: str):
         assert torch.equal(*both)
 
 
-@pytest.mark.parametrize("spec", [LADDERS[0], QST[0]])
+@pytest.mark.parametrize("spec", [LADDERS[0], QST[0], *OTHERS])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_step_with_past_keys_is_the_same_step(name: str, spec: str):
     model = attached(name, spec)
@@ -175,9 +176,10 @@ def test_a_step_with_past_keys_is_the_same_step(name: str, spec: str):
     assert_close(torch.cat(parts, 1), whole, 1e-7)
 
 
+@pytest.mark.parametrize("spec", [LADDERS[0], *OTHERS])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
-def test_padding_is_not_seen(name: str):
-    model = attached(name, LADDERS[0])
+def test_padding_is_not_seen(name: str, spec: str):
+    model = attached(name, spec)
     ids = torch.randint(3, 100, (1, 8))
     mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0]])
     extra = {"decoder_input_ids": torch.randint(3, 100, (1, 4))} if name == "t5" else {}
