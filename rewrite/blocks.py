@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rewrite.inventory import Inventory, Place
 from rewrite.paths import element_of, parent
-from rewrite.runtime.graft import Source
+from rewrite.runtime.graft import Source, Wiring
 from rewrite.structure.repeated import Heads
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ class Block:
     `attention` and `cross` are None where a block has none, `feed` is the width of its feed-forward network, 0 for
     none.  `memory` is the width of what the cross attention of a side network reads, 0 for none.  `matrices` says
     where the block's own matrices lie, by role (`attn.q`, `cross.k`, `ffn.up`).  `last` is the stack's last block,
-    `end` the module whose output is the stack's final hidden state: the norm behind that block, or the block.
+    `end` the module whose output is the stack's final hidden state: the norm behind that block, or the block.  `head`
+    is the model's, by its path and how many numbers come out of it.  `wiring` is None where a block is more, or less,
+    than attention and feed-forward network with a norm each.
     """
 
     path: str
@@ -52,6 +54,8 @@ class Block:
     last: str
     end: str
     memory: int = 0
+    head: tuple[str, int] | None = None
+    wiring: Wiring | None = field(default=None, hash=False)
     matrices: Mapping[str, Source] = field(default_factory=dict, hash=False)
     refusal: str = ""  # why no side network can stand beside it
 
@@ -60,9 +64,10 @@ class Block:
         return parent(self.path)
 
 
-SidePart = Literal["entry", "rung", "late", "end", "memory"]
+Ends = Literal["end", "late", "head"]
+SidePart = Literal["entry", "rung", "late", "end", "head", "memory"]
 """What a site is to a side network: where the stack begins, a block, the input of its last block, the end of the
-stack, or its end where a decoder beside it reads the side network's output."""
+stack, the model's head, or the end of the stack where a decoder beside it reads the side network's output."""
 
 
 def described(inventory: Inventory, sites: Sequence[Site]) -> dict[str, Block]:
@@ -71,7 +76,10 @@ def described(inventory: Inventory, sites: Sequence[Site]) -> dict[str, Block]:
     for site in sites:
         if (path := element_of(site.path, inventory.blocks)) and site.kind != "block":
             inside.setdefault(path, []).append(site)
-    return {s.path: _block(inventory, s.path, inside.get(s.path, [])) for s in sites if s.kind == "block"}
+    heads = [(s.path, s.out_features) for s in sites if "head" in s.roles and s.kind == "linear" and s.place.called]
+    head = heads[0] if len(heads) == 1 else None
+    found = {s.path: _block(inventory, s.path, inside.get(s.path, [])) for s in sites if s.kind == "block"}
+    return {path: replace(block, head=head) for path, block in found.items()}
 
 
 def _block(inventory: Inventory, path: str, inside: Sequence[Site]) -> Block:
@@ -84,22 +92,25 @@ def _block(inventory: Inventory, path: str, inside: Sequence[Site]) -> Block:
     heads = next((h for h in own if not h.cross), None)
     cross = next((h for h in own if h.cross), None)
     down, norms = matrices.get("ffn.down"), [s.place for s in inside if s.kind == "norm"]
+    attention = _attends(inside, "attn", heads)
+    act = _activation(inventory, down)
     return Block(
         path=path,
         index=numbers.index(int(path.rpartition(".")[2])),
         count=len(numbers),
         width=called.shape[-1] if called and called.shape else 0,
-        attention=_attends(inside, "attn", heads),
+        attention=attention,
         cross=_attends(inside, "cross", cross),
         feed=next((s.in_features for s in inside if "ffn.down" in s.roles), 0),
         gated=any("ffn.gate" in s.roles for s in inside),
-        activation=_activation(inventory, down),
+        activation=act,
         layer_norm=any(p.type == "LayerNorm" or len(p.tensors) > 1 for p in norms),
         causal=bool(heads and heads.causal),
         first=first,
         last=last,
         end=_end(inventory, last),
         matrices=matrices,
+        wiring=_wiring(inventory, path, matrices, attention, act) if len(norms) == 2 and cross is None else None,
         refusal=_refusal(inventory, path, own),
     )
 
@@ -149,6 +160,26 @@ def _activation(inventory: Inventory, down: Source | None) -> str:
     return known.get(f"{down.path}.{down.tensor}", "silu") if down else "silu"
 
 
+def _wiring(
+    inventory: Inventory, path: str, matrices: Mapping[str, Source], attends: Attends | None, activation: str
+) -> Wiring | None:
+    """How a block puts its layers together: its norms are those in front of attention and feed-forward network, or
+    the one in front of that network and the one at the end."""
+    needed = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.up", "ffn.down")
+    seen = inventory.structure
+    if seen is None or attends is None or not all(role in matrices for role in needed) or path not in seen.calls:
+        return None
+    norms = {p.path for p in inventory.places if p.kind == "norm" and p.path.startswith(f"{path}.")}
+    first, second = (seen.sources.get(f"{s.path}.{s.tensor}") for s in (matrices["attn.q"], matrices["ffn.up"]))
+    pre = first in norms
+    pair = (first, second) if pre else (second, seen.calls[path].maker)
+    if not norms.issuperset(pair) or pair[0] == pair[1]:
+        return None
+    layers = {role.rpartition(".")[2]: matrices[role] for role in (*needed, "ffn.gate") if role in matrices}
+    one, two = (str(p) for p in pair)
+    return Wiring(layers, (one, two), pre, activation, (attends.heads, attends.kv_heads), attends.width)
+
+
 def _end(inventory: Inventory, last: str) -> str:
     """The norm that reads the last block of a stack, or that block."""
     called = inventory.structure.calls.get(last) if inventory.structure else None
@@ -171,15 +202,15 @@ def _refusal(inventory: Inventory, path: str, heads: Sequence[Heads]) -> str:
     return ""
 
 
-def network(chosen: Sequence[Site], late: bool, reads: bool) -> list[Site]:
+def network(chosen: Sequence[Site], ends: Ends, reads: bool) -> list[Site]:
     """The sites of the side networks beside some blocks, one for each stack: where it begins, its rungs, its end.
 
-    With `late`, it ends in front of the last block, beside which there is no rung.  With `reads`, a decoder's reads
-    that of the encoder, where both have one.
+    One that ends `late` does so in front of the last block, beside which there is no rung.  With `reads`, a decoder's
+    reads that of the encoder, where both have one.
     """
     stacks: dict[str, list[Site]] = {}
     for site in chosen:
-        if site.block is not None and not (late and site.path == site.block.last):
+        if site.block is not None and not (ends == "late" and site.path == site.block.last):
             stacks.setdefault(site.block.stack, []).append(site)
     crossing = [s for s, rungs in stacks.items() if reads and _block_of(rungs[0]).cross is not None]
     memory = next((s for s in stacks if s not in crossing), None) if crossing and len(stacks) == 2 else None
@@ -189,9 +220,9 @@ def network(chosen: Sequence[Site], late: bool, reads: bool) -> list[Site]:
             width = _block_of(stacks[memory][0]).width
             rungs = [replace(s, block=replace(_block_of(s), memory=width)) for s in rungs]
         first = _block_of(rungs[0])
-        end: SidePart = "late" if late else "memory" if stack == memory else "end"
-        found += [_at(rungs[0], first.first, "entry"), *rungs]
-        found.append(_at(rungs[0], first.last if late else first.end, end))
+        end: SidePart = "memory" if stack == memory else ends
+        place = {"late": first.last, "head": first.head[0] if first.head else first.end}.get(end, first.end)
+        found += [_at(rungs[0], first.first, "entry"), *rungs, _at(rungs[0], place, end)]
     return found
 
 

@@ -239,6 +239,7 @@ def _side(placed: Placement, common: dict[str, Any]) -> Graft:
         reads=block.memory > 0,
         layer=block.index,
         sources=block.matrices if site.part == "rung" else {},
+        wiring=block.wiring if method.through and site.part == "rung" else None,
     )
     return Graft(
         where="side",

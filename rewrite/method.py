@@ -112,7 +112,8 @@ class Method:
     calibration: ClassVar[Literal["inputs", "scales", "gradients"] | None] = None  # what `calibrated` wants to see
     within_rank: ClassVar[bool] = False  # its argument r is at most the rank of the weight
     reads: ClassVar[bool] = False  # a side network beside a decoder reads the one beside the encoder
-    late: ClassVar[bool] = False  # a side network that joins in front of the last block, not behind it
+    ends: ClassVar[Literal["end", "late", "head"]] = "end"  # of a stack, in front of its last block, behind the head
+    through: ClassVar[bool] = False  # a side network sends rows of its own through the layers of the blocks
     needs_storage: ClassVar[bool] = False  # stands only where the weight is stored in another format
     paper: ClassVar[str] = ""
 
@@ -257,11 +258,11 @@ def states(method: Method, name: str, base: type[Method] = Method) -> bool:
 
 def refusal(method: Method, site: Site) -> str | None:
     """Why a method cannot stand at a site, or None: its own reason, or one that follows from its view there."""
+    if method.view() == "side":
+        return _beside(method, site) or method.fits(site)
     if (reason := method.fits(site)) is not None:
         return reason
     dropout, view = getattr(method, "dropout", 0.0), method.view()
-    if view == "side":
-        return (site.block.refusal or None) if site.block is not None else "it is no block"
     limit = min(site.in_features, site.out_features)
     if method.within_rank and method.r > limit:  # type: ignore[attr-defined]
         return f"r={method.r} is more than the rank {limit} of its weight"  # type: ignore[attr-defined]
@@ -279,6 +280,18 @@ def refusal(method: Method, site: Site) -> str | None:
         return "dropout drops inputs of a layer, and this weight is read without calling one: set dropout=0 there"
     if shifts(method, site):
         return "it shifts the output of a layer, and this weight is read without calling one"
+    return None
+
+
+def _beside(method: Method, site: Site) -> str | None:
+    """Why a side network cannot stand beside a block, or None."""
+    block = site.block
+    if block is None or block.refusal:
+        return block.refusal if block is not None else "it is no block"
+    if method.ends == "head" and block.head is None:
+        return "the model has no head that it could join, or several"
+    if method.through and block.wiring is None:
+        return "it is not made of an attention and a feed-forward network with one norm each"
     return None
 
 

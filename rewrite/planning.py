@@ -230,7 +230,9 @@ class _Resolver(Selection):
 
     def network(self, clause: Clause, method: Method, chosen: list[Site]) -> list[Site]:
         """The blocks chosen with the places where a side network begins and ends."""
-        found = network(chosen, method.late, method.reads)
+        for site in chosen:
+            self.check(clause, method, site, [])
+        found = network(chosen, method.ends, method.reads)
         if not found:
             raise self.error(clause, f"{method.name} joins in front of the last block, and '{clause}' has no other")
         return found

@@ -7,25 +7,19 @@ Numbers of heads stay, a head has an even width so that rotary embeddings fit.  
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from rewrite.blocks import Attends, Block
 from rewrite.method import Param, Tensor, kaiming
+from rewrite.runtime.rows import ACTIVATIONS
 from rewrite.runtime.side import Call
 from rewrite.sites import Site
 
 EPS = 1e-6
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-}
 
 
 @dataclass(frozen=True)

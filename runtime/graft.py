@@ -104,20 +104,38 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Wiring:
+    """How a block puts its layers together, for rows of our own that go through them (`rewrite.runtime.rows`).
+
+    `layers` are q, k, v, o, up, down, and gate where there is one; the norms stand in front of attention and
+    feed-forward network where `pre`, and else behind what each adds.  `heads` are those of queries, of keys and values.
+    """
+
+    layers: Mapping[str, Source]
+    norms: tuple[str, str]
+    pre: bool
+    activation: str
+    heads: tuple[int, int]
+    width: int
+
+
+@dataclass(frozen=True)
 class Side:
     """How a graft takes part in a side network; `rewrite.runtime.side` runs it.
 
     part      `entry`: in front of the first block of a stack; `rung`: behind a block; `end`: behind the stack; `late`:
-              in front of its last block; `memory`: behind a stack whose side network a decoder's reads.
+              in front of its last block; `head`: behind the model's head; `memory`: behind a stack whose side network
+              a decoder's reads.
     names     the tensors that the graft's `op` takes: `op(h, *tensors)` taps a stream, `op(y, s, *tensors)` joins one
     then      `then(s, t, call, {slot: tensor})` is the next state of the network behind a tap; at an end, where
               nothing is tapped, `then(s, call, {slot: tensor})` is what joins.
     start     `([{role: matrix}], [{slot: tensor}])` fills the tensors of all grafts of the clause from the weights.
     sources   the matrices of a block, by role
+    wiring    how the block puts its layers together, where the network sends rows through them
     slot      which layer of a cache of past keys and values is this graft's; `layer` is the block's own
     """
 
-    part: Literal["entry", "rung", "end", "late", "memory"]
+    part: Literal["entry", "rung", "end", "late", "head", "memory"]
     net: str
     stack: str
     then: Callable[..., Any]
@@ -128,6 +146,7 @@ class Side:
     layer: int = 0
     start: Callable[[Sequence[Mapping[str, Tensor]], Sequence[Mapping[str, Tensor]]], None] | None = None
     sources: Mapping[str, Source] = field(default_factory=dict)
+    wiring: Wiring | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from rewrite.errors import RewriteError
 from rewrite.runtime import fallback
 from rewrite.runtime.adapter import ADAPTERS, Adapter
 from rewrite.runtime.graft import Graft
+from rewrite.runtime.rows import Rows, check, layers_of
 
 Tensor = torch.Tensor
 MASKED = -1e4
@@ -55,6 +56,7 @@ class SidePart(Adapter):
 
     run: Run
     arguments: tuple[str, ...]  # of the module that it stands at
+    layers: dict[str, nn.Module]  # of the block, by role, where rows of ours go through them
 
     def tap(self, h: Tensor) -> Tensor:
         """What the network sees of a stream."""
@@ -80,6 +82,7 @@ class Call:
     rotary      cosines and sines (rows, tokens, width of a head) of the model's own heads
     cache       keys and values of past tokens, or None; `slot` is our layer of it
     memory      what the side network of an encoder made, with its mask
+    rows        sends rows of ours through the layers of the block, where the network asks for that
     """
 
     causal: bool = False
@@ -90,8 +93,7 @@ class Call:
     window: int | None = None
     memory: Any = None
     memory_mask: Tensor | None = None
-    module: nn.Module | None = None
-    bound: Mapping[str, Any] = field(default_factory=dict)
+    rows: Rows | None = None
 
     def recall(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (rows, heads, tokens, width) with those of past tokens in front, which are kept."""
@@ -187,7 +189,7 @@ def behind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
             run.states[side.stack] = side.then(s, part.tap(y), call, part.tensors())
             run.calls[side.stack] = call
     new = y
-    for part in _parts(module, "memory", "end"):
+    for part in _parts(module, "memory", "end", "head"):
         new = _joined(part, new)
     if new is y:
         return output
@@ -257,10 +259,12 @@ def _call(part: SidePart, module: nn.Module, args: tuple[Any, ...], kwargs: dict
     bound = {**dict(zip(part.arguments, args, strict=False)), **kwargs}
     mask = next((v for n, v in bound.items() if _MASK.fullmatch(n) and isinstance(v, Tensor)), None)
     cache = _cache(bound)
-    call = Call(side.causal, _four(mask, side.causal, bound), None, cache, side.slot, module=module, bound=bound)
+    call = Call(side.causal, _four(mask, side.causal, bound), None, cache, side.slot)
     rotary = bound.get("position_embeddings")
     if isinstance(rotary, tuple) and len(rotary) == 2 and rotary[0].ndim == 3:
         call.rotary = rotary
+    if side.wiring is not None:
+        call.rows = Rows(side.wiring, part.layers, next(iter(bound.values())), call.mask)
     if cache is not None:
         _prepare(cache, side.slot)
         call.window = getattr(cache.layers[side.layer], "sliding_window", None) if call.mask is None else None
@@ -319,6 +323,8 @@ def hook(model: nn.Module, graft: Graft, part: SidePart, runs: dict[str, Run]) -
     side, module = graft.side, model.get_submodule(graft.path)
     assert side is not None
     part.run = runs.setdefault(side.net, Run())
+    if side.wiring is not None:
+        part.__dict__["layers"] = layers_of(module, graft.path, side.wiring)
     part.arguments = tuple(inspect.signature(type(module).forward).parameters)[1:]
     if side.part in ("entry", "late") and before not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(before, with_kwargs=True)
@@ -353,6 +359,8 @@ def start(model: nn.Module, parts: Sequence[SidePart]) -> None:
     for part in parts:
         if part.graft.side.start is not None:  # type: ignore[union-attr]
             clauses.setdefault(part.graft.side.start, []).append(part)  # type: ignore[union-attr]
+        if part.graft.side.wiring is not None:  # type: ignore[union-attr]
+            check(model, part.graft)
     for fill, members in clauses.items():
         fill([_weights(model, p.graft) for p in members], [p.tensors() for p in members])
 

@@ -29,7 +29,7 @@ class Sherl(Method):
 
     kinds = frozenset({"block"})
     default_sites = "blocks"
-    late = True
+    ends = "late"
     paper = "https://arxiv.org/abs/2407.07523"
 
     def fits(self, site: Site) -> str | None:

@@ -23,8 +23,8 @@ class Unipt(Method):
 
     a = t_L is the anchor, c = softmax over l of v (mean a * mean t_l).  All layers are seen at once: there is no chain
     from rung to rung.  In a causal model a token's sums and means are over the tokens that it sees.  It joins by
-    addition with U = 0, where the paper replaces the stream.  Beside an encoder it reaches the loss through the decoder,
-    whose backward pass is then computed: `unipt@dec.blocks` is beside the decoder alone.
+    addition with U = 0, where the paper replaces the stream.  Beside an encoder it reaches the loss through the
+    decoder, whose backward pass is then computed: `unipt@dec.blocks` is beside the decoder alone.
     """
 
     reduction: int = arg(2, low=1, help="what the width of the taps is divided by")

@@ -23,11 +23,12 @@ MASKED = -1e4
 
 @dataclass(frozen=True)
 class Called:
-    """The calls of an element of a list of modules: how many, the shape of what comes out first, and the modules that
-    are called with just that."""
+    """The calls of an element of a list of modules: how many, the shape of what comes out first, the innermost module
+    that it comes from, and the modules that are called with just that."""
 
     count: int
     shape: tuple[int, ...]
+    maker: str
     readers: tuple[str, ...]
 
 
@@ -47,14 +48,23 @@ def calls(flow: Flow) -> dict[str, Called]:
     for call in flow.trace.calls:
         if call.inputs:
             readers.setdefault(flow.strip(call.inputs[0]), []).append(call.path)
-    found: dict[str, Called] = {}
+    made, found = makers(flow), dict[str, Called]()
     for call in flow.trace.calls:
         if not call.path.rpartition(".")[2].isdigit() or not call.outputs:
             continue
         before = found.get(call.path)
         last = flow.strip(call.outputs[0])
         shape = tuple(call.outputs[0].meta["val"].shape)
-        found[call.path] = Called(1 + (before.count if before else 0), shape, tuple(readers.get(last, ())))
+        found[call.path] = Called(1 + (before.count if before else 0), shape, made[last], tuple(readers.get(last, ())))
+    return found
+
+
+def makers(flow: Flow) -> dict[fx.Node, str]:
+    """The innermost module whose call put out a node, or a value that the node is a mere view of."""
+    found: dict[fx.Node, str] = {}
+    for call in flow.trace.calls:  # inner calls end first
+        for node in call.outputs:
+            found.setdefault(flow.strip(node), call.path)
     return found
 
 

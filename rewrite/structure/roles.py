@@ -57,6 +57,7 @@ class Structure:
     outside: set[str] = field(default_factory=set)  # parameters read outside of their own module's call
     heads: dict[str, Heads] = field(default_factory=dict)  # by the path of the module that attends
     calls: dict[str, Called] = field(default_factory=dict)  # of elements of lists of modules
+    sources: dict[str, str] = field(default_factory=dict)  # parameter of a product -> the module that made its input
     activations: dict[str, str] = field(default_factory=dict)  # by the last parameter of a feed-forward network
 
 
@@ -95,6 +96,9 @@ class _Deriver:
         found.residual = {p for n in flow.residual for p in n.meta["scope"]}
         found.outside = set(_read_outside(trace))
         found.calls = repeated.calls(flow)
+        made = repeated.makers(flow)
+        inputs = {p.parameter: made.get(flow.strip(p.x)) for p in flow.projections.values()}
+        found.sources = {name: path for name, path in inputs.items() if path is not None}
         return found
 
     def attention(self, attention: Attention) -> None:
