@@ -199,6 +199,7 @@ def behind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
 def _joined(part: SidePart, y: Tensor) -> Tensor:
     """A stream at the end of a network, which is over with this."""
     side, run = part.graft.side, part.run
+    assert side is not None
     s = run.states.pop(side.stack, None)
     if s is None:  # a norm that is called by itself
         return y

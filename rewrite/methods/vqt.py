@@ -60,7 +60,7 @@ class Vqt(Method):
         return (*s, F.linear(answers, theta["H"].to(t.dtype)))
 
     def close(self, s: Any, call: Call, block: Block, theta: Mapping[str, Tensor]) -> Tensor:
-        return sum(s[1:], s[0])
+        return torch.stack(s).sum(0)
 
     def join(self, y: Tensor, s: Tensor) -> Tensor:
         for _ in range(y.ndim - s.ndim):  # a head of every token hears the same answers

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import rewrite
 from rewrite.runtime.dry_run import dry_run
@@ -179,6 +180,33 @@ def test_vqt_is_the_released_formulation_row_by_row():
         X = both[:, q:]
         found.append(both[:, :q].flatten(1) @ H.T)
     compare(model, inputs, base.classifier(base.vit.layernorm(X)[:, 0]) + sum(found), theta)
+
+
+def test_a_ladder_beside_t5_base_is_as_large_as_the_papers():
+    config = T5Config(d_model=768, d_ff=3072, d_kv=64, num_layers=12, num_heads=12, vocab_size=32128)
+    with torch.device("meta"):
+        planned = rewrite.plan(T5ForConditionalGeneration(config), "ladder(reduction=8)@blocks[1,2,3,5,6,7,9,10,11]")
+    assert round(100 * planned.trainable / planned.parameters, 2) == 1.74
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spec", "gib", "tflop"),
+    [("ladder(reduction=16)", 0.30, 7.1), ("qst(r=16)", 0.30, 7.1), ("qst(down=pool)@blocks + nf4(base)", 0.20, 7.1)],
+)
+def test_what_llama_2_7b_keeps_beside_a_side_network(spec: str, gib: float, tflop: float):
+    """bfloat16, a row of 512 tokens, min-cut partition; 32 layers from the difference of four and two."""
+    counts = []
+    for layers in (2, 4):
+        with torch.device("meta"):
+            model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers)).to(torch.bfloat16)
+        ids = torch.zeros(1, 512, dtype=torch.long)
+        (record,) = dry_run(rewrite.attach(model, spec), kwargs={"input_ids": ids, "labels": ids, "use_cache": False})
+        found: Any = record.counts
+        counts.append((found["saved_bytes"], found["forward_flops"] + found["backward_flops"]))
+    saved, flops = (two + 15 * (four - two) for two, four in zip(*counts, strict=True))
+    assert saved / 2**30 <= gib
+    assert flops / 1e12 <= tflop
 
 
 def test_vqt_keeps_nothing_of_the_patches_but_keys_and_values():
