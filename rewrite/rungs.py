@@ -78,19 +78,20 @@ def normed(s: Tensor, theta: Mapping[str, Tensor], name: str) -> Tensor:
     return F.layer_norm(s, gain.shape, gain, bias.to(s.dtype), EPS)
 
 
-def apply(s: Tensor, call: Call, block: Block, theta: Mapping[str, Tensor]) -> Tensor:
-    """The narrow block on its stream s (rows, tokens, width)."""
+def apply(s: Tensor, call: Call, block: Block, theta: Mapping[str, Tensor], dropout: float = 0.0) -> Tensor:
+    """The narrow block on its stream s (rows, tokens, width); `dropout` of probabilities, hidden units and branches."""
     if block.attention is not None:
         x = normed(s, theta, "n1")
         q, k, v = _heads(x, x, theta, "", block.attention)
-        s = s + _merged(call.attend(q, k, v), theta["o"])
+        s = s + call.drop(_merged(call.attend(q, k, v, dropout), theta["o"]), dropout)
     if block.cross is not None and block.memory:
         q, k, v = _heads(normed(s, theta, "nc"), call.memory, theta, "c", block.cross)
-        s = s + _merged(call.attend_memory(q, k, v), theta["co"])
+        s = s + call.drop(_merged(call.attend_memory(q, k, v, dropout), theta["co"]), dropout)
     if block.feed:
         x = normed(s, theta, "n2")
         act, up = ACTIVATIONS[block.activation], _linear(x, theta["u"])
-        s = s + _linear(act(_linear(x, theta["g"])) * up if block.gated else act(up), theta["w"])
+        hidden = act(_linear(x, theta["g"])) * up if block.gated else act(up)
+        s = s + call.drop(_linear(call.drop(hidden, dropout), theta["w"]), dropout)
     return s
 
 

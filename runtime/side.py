@@ -83,6 +83,7 @@ class Call:
     cache       keys and values of past tokens, or None; `slot` is our layer of it
     memory      what the side network of an encoder made, with its mask
     rows        sends rows of ours through the layers of the block, where the network asks for that
+    training    whether the network trains: whether it may drop
     """
 
     causal: bool = False
@@ -94,6 +95,7 @@ class Call:
     memory: Any = None
     memory_mask: Tensor | None = None
     rows: Rows | None = None
+    training: bool = False
 
     def recall(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (rows, heads, tokens, width) with those of past tokens in front, which are kept."""
@@ -119,8 +121,9 @@ class Call:
             return None
         return torch.ones(1, queries, total, dtype=torch.bool, device=keys.device).tril(total - queries)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
         """Attention of (rows, heads, tokens, width) to the tokens that the block's own sees, and to those before."""
+        p = dropout if self.training else 0.0
         if self.rotary is not None:
             q, k = rotated(q, *self.rotary), rotated(k, *self.rotary)
         k, v = self.recall(k, v)
@@ -128,19 +131,23 @@ class Call:
         if mask is not None and mask.shape[-1] < k.shape[-2]:
             k, v = k[..., -mask.shape[-1] :, :], v[..., -mask.shape[-1] :, :]
         if self.causal and mask is None and q.shape[-2] == k.shape[-2]:  # a branch: Dynamo has no flags of sizes
-            return _attention(q, k, v, None, causal=True)
-        return _attention(q, k, v, mask)
+            return _attention(q, k, v, None, p, causal=True)
+        return _attention(q, k, v, mask, p)
 
-    def attend_memory(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend_memory(self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
         """Attention to the memory."""
-        return _attention(q, k, v, self.memory_mask)
+        return _attention(q, k, v, self.memory_mask, dropout if self.training else 0.0)
+
+    def drop(self, x: Tensor, dropout: float) -> Tensor:
+        """`x` with entries dropped, in training."""
+        return F.dropout(x, dropout, self.training) if dropout else x
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool = False) -> Tensor:
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=grouped)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -260,7 +267,7 @@ def _call(part: SidePart, module: nn.Module, args: tuple[Any, ...], kwargs: dict
     bound = {**dict(zip(part.arguments, args, strict=False)), **kwargs}
     mask = next((v for n, v in bound.items() if _MASK.fullmatch(n) and isinstance(v, Tensor)), None)
     cache = _cache(bound)
-    call = Call(side.causal, _four(mask, side.causal, bound), None, cache, side.slot)
+    call = Call(side.causal, _four(mask, side.causal, bound), None, cache, side.slot, training=part.training)
     rotary = bound.get("position_embeddings")
     if isinstance(rotary, tuple) and len(rotary) == 2 and rotary[0].ndim == 3:
         call.rotary = rotary

@@ -28,6 +28,7 @@ class Ladder(Method):
     reduction: int = arg(8, low=1, help="what every width is divided by")
     gate: Literal["scalar", "vector"] = arg("scalar", help="one gate for a rung, or one for each of its channels")
     T: float = arg(0.1, above=0, help="temperature of the gates")
+    dropout: float = arg(0.0, low=0, below=1, help="probability of dropping in its blocks, in training")
     init: Literal["pruned", "random"] = arg("pruned", help="start from the largest parts of the model's blocks")
 
     kinds = frozenset({"block"})
@@ -66,7 +67,7 @@ class Ladder(Method):
         if s is None:
             return t
         a = torch.sigmoid(theta["mu"] / self.T).to(t.dtype)
-        return rungs.apply(a * s + (1 - a) * t, call, block, theta)
+        return rungs.apply(a * s + (1 - a) * t, call, block, theta, self.dropout)
 
     def close(self, s: Tensor, call: Call, block: Block, theta: Mapping[str, Tensor]) -> Tensor:
         return rungs.normed(s, theta, "n")

@@ -5,6 +5,7 @@ Limits are those that the project set itself; sources of the figures of others s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from rewrite.estimate import Estimate, Estimator, batch_of
+from rewrite.estimate import Estimator, batch_of
+from rewrite.runtime.dry_run import eager_bytes, without_numbers
+from rewrite.runtime.holdings import Held, holdings
 from rewrite.runtime.scaling import Counts
 from rewrite.structure.inputs import Inputs
 
@@ -40,10 +43,9 @@ def work(counts: Counts) -> float:
     return counts.forward_flops + counts.backward_flops
 
 
-def total(found: Estimate, saved: float) -> float:
+def total(held: Sequence[Held], saved: float) -> float:
     """Bytes of weights, adapters, gradients, AdamW's moments and what is saved."""
-    held = sum(h.bytes for h in found.held)
-    return held + 3 * sum(h.bytes for h in found.held if h.trains) + saved
+    return sum(h.bytes for h in held) + 3 * sum(h.bytes for h in held if h.trains) + saved
 
 
 LIMITS = {
@@ -75,29 +77,32 @@ def test_s2ft_on_the_grid_of_its_paper(seven: Estimator):
     """Up to 3 times less than full fine-tuning (Yang et al. 2024): 512 and 1024 tokens, 1 and 2 rows."""
     full, s2ft = seven.full(), seven.estimate("s2ft(heads=2, channels=220)")
     for rows in (1, 2, 4):  # of 512 tokens: what is saved grows with the tokens of a step
-        ratio = total(full, rows * full.counts.saved_bytes) / total(s2ft, rows * s2ft.counts.saved_bytes)
+        ratio = total(full.held, rows * full.counts.saved_bytes) / total(s2ft.held, rows * s2ft.counts.saved_bytes)
         assert 2.9 <= ratio <= 3.6
 
 
 def test_lst_on_t5_base():
-    """Full fine-tuning, LoRA and LST take 17.6, 12.6 and 5.5 GB (Sung et al. 2022, table 1)."""
+    """Full fine-tuning, LoRA and LST take 17.6, 12.6 and 5.5 GB (Sung et al. 2022, table 1).
+
+    What autograd keeps in an eager step of 100 rows, 128 source tokens and 2 of a label, float32, with dropout 0.1 in
+    the side network too, and the masks that a CPU keeps; as published, the stacks leave out their blocks 0, 4 and 8.
+    """
     sizes = {"d_model": 768, "d_ff": 3072, "d_kv": 64, "num_layers": 12, "num_heads": 12, "vocab_size": 32128}
     with torch.device("meta"):
         model = T5ForConditionalGeneration(T5Config(**sizes))
         source, target = (torch.zeros(100, tokens, dtype=torch.int64) for tokens in (128, 2))
-    batch = Inputs((), {"input_ids": source, "decoder_input_ids": target, "labels": target, "use_cache": False})
-    counting = Estimator(model, batch)
-    kept = "blocks[1,2,3,5,6,7,9,10,11]"  # both stacks leave out 0, 4 and 8
+    batch = {"input_ids": source, "decoder_input_ids": target, "labels": target, "use_cache": False}
+    counting = Estimator(model, Inputs((), batch))
     found = {
-        "full": counting.full(),
-        "lora": counting.estimate("lora(r=32)@attn.q,v"),
-        "lst": counting.estimate(f"ladder(reduction=8)@{kept}"),
+        17.6: without_numbers(counting.bare).requires_grad_(True),
+        12.6: counting.attached("lora(r=32)@attn.q,v"),
+        5.5: counting.attached("ladder(reduction=8, dropout=0.1)@blocks[1,2,3,5,6,7,9,10,11]"),
     }
-    published = {"full": 17.6, "lora": 12.6, "lst": 5.5}
-    for name, estimate in found.items():
-        assert total(estimate, estimate.counts.default_saved) / GB == pytest.approx(published[name], rel=0.15)
-    base = sum(h.parameters for h in found["full"].held)
-    assert sum(h.parameters for h in found["lst"].held if h.trains) / base == pytest.approx(0.0174, abs=0.0012)
+    for published, adapted in found.items():
+        kept = eager_bytes(adapted.train(), kwargs=batch)
+        assert total(holdings(adapted), kept) / GB == pytest.approx(published, rel=0.15)
+    trained, base = (sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (found[5.5], found[17.6]))
+    assert trained / base == pytest.approx(0.0174, abs=0.0005)
 
 
 def test_qst_on_llama_2_70b():
@@ -107,4 +112,4 @@ def test_qst_on_llama_2_70b():
     counting = estimator(llama(**sizes, **heads), tokens=384, rows=16)
     full, qst = counting.full(), counting.estimate("qst(reduction=16, r=16)@blocks + nf4(base)")
     assert sum(h.parameters for h in full.held) == pytest.approx(69e9, rel=0.01)
-    assert total(full, full.counts.default_saved) / total(qst, qst.counts.default_saved) >= 7
+    assert total(full.held, full.counts.default_saved) / total(qst.held, qst.counts.default_saved) >= 7
