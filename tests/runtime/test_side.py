@@ -62,11 +62,13 @@ def test_identity_at_step_0_and_all_of_it_trains(name: str, spec: str):
     assert torch.equal(model(**inputs).logits, expected)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert sum(p.numel() for p in trained.values()) == planned.trainable
-    disturb(model)
-    output, found = step(model, model, inputs)
-    assert (output.logits - expected).abs().max() > 1e-4
-    assert found.keys() == trained.keys()
-    assert all(bool(g.any()) for g in found.values())
+    moved: set[str] = set()
+    for seed in range(4):  # a rectifier may be shut for all tokens at once
+        output, found = step(disturb(model, seed=seed), model, inputs)
+        assert (output.logits - expected).abs().max() > 1e-4
+        assert found.keys() == trained.keys()
+        moved |= {name for name, gradient in found.items() if gradient.any()}
+    assert moved == trained.keys()
     rewrite.remove(model)
     assert changed(base, frozen(model)) == []
     assert traces(model) == []
@@ -264,10 +266,9 @@ def test_the_backbone_has_no_backward():
     (record,) = dry_run(model, kwargs={"input_ids": ids, "labels": ids, "use_cache": False})
     kept = [tuple(s["shape"]) for s in record.counts["saved"]]  # type: ignore[index]
     wide = [shape for shape in kept if shape and shape[-1] in (96, 224)]
-    assert wide == []
-    head = 2 * 33 * 96 * 100 * 1  # of the gradient that comes back through the head
+    assert len(wide) <= 1  # the gradient of the stream at the head, where the loss is taken in chunks
     whole = sum(p.numel() for p in model.parameters() if not p.requires_grad) * 2 * 33
-    assert head < record.counts["backward_flops"] < whole / 2  # type: ignore[operator]
+    assert 0 < record.counts["backward_flops"] < whole / 10  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("spec", NETWORKS)
