@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from rewrite.codegen import torch_chunks
 from rewrite.codegen.ops import decode, decoded_rows
 from rewrite.codegen.rowwise import Chain
 from rewrite.codegen.workspace import register_workspace
@@ -210,9 +211,13 @@ def _core(
     targets = _Targets(target, class_weight, ignore_index, label_smoothing)
     dtype = _statistics(x, steps)
     chain = Chain.parse(steps).without_widening(x.dtype)
+    size = chunk_rows(x.shape[0], head.w.shape[0])
+    if _is_plain(head, chain, dtype) and reduction == "sum" and not label_smoothing and torch_chunks.available():
+        weight = None if class_weight is None else class_weight.to(dtype)
+        found, slopes = torch_chunks.summed(x, head.w, bias, target, weight, ignore_index, size, wanted[:3])
+        return (found, slopes) if factor is None else (found * factor, [t.mul_(factor) for t in slopes])
     gradients = _Gradients(head, wanted, dtype)
     losses = x.new_empty(x.shape[0], dtype=dtype)
-    size = chunk_rows(x.shape[0], head.w.shape[0])
     for first in range(0, x.shape[0], size):
         part = slice(first, first + size)
         logits, kept = chain.forward(head.logits(part))
@@ -223,6 +228,11 @@ def _core(
     if reduction == "none":
         return losses, gradients.result()
     return losses.sum() if factor is None else losses.sum() * factor, gradients.result()
+
+
+def _is_plain(head: _Head, chain: Chain, dtype: torch.dtype) -> bool:
+    """Whether a head is nothing but a product, in the dtype of its losses."""
+    return not head.h and not chain.steps and head.x.dtype == dtype
 
 
 def statistics(dtype: torch.dtype, steps: Chain) -> torch.dtype:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from rewrite.codegen import cross_entropy
+from rewrite.codegen import cross_entropy, torch_chunks
 from rewrite.codegen.nf4 import quantize
 from rewrite.codegen.rowwise import Chain
 from rewrite.codegen.storage import Nf4
@@ -21,9 +21,11 @@ Tensor = torch.Tensor
 D, V = 7, 31
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=["PyTorch's chunks", "ours"] if torch_chunks.available() else ["ours"])
+def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five rows a chunk, so that a handful of tokens has several, and a last one that is shorter."""
+    if request.param == "ours":
+        monkeypatch.setattr(torch_chunks, "available", lambda: False)
     monkeypatch.setattr(cross_entropy, "_LOGITS", 5 * V)
     monkeypatch.setattr(cross_entropy, "_ROWS", 1)
 
@@ -248,3 +250,18 @@ def test_opcheck():
     torch.library.opcheck(
         torch.ops.rewrite.linear_cross_entropy_core.default, args, test_utils=("test_schema", "test_faketensor")
     )
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this PyTorch has none of its own")
+def test_what_the_installed_version_has_is_used(monkeypatch: pytest.MonkeyPatch):
+    calls, summed = [], torch_chunks.summed
+    monkeypatch.setattr(torch_chunks, "available", lambda: True)
+    monkeypatch.setattr(torch_chunks, "summed", lambda *args: calls.append(1) or summed(*args))
+    assert torch_chunks._find() is not None
+    assert_equal(Case(class_weight=True))
+    assert calls == [1]
+    for other in (Case(dtype=torch.bfloat16, steps="to:float32"), Case(options={"label_smoothing": 0.1})):
+        other.fused()
+    Case(branches=((0, V),)).fused()
+    Case(steps="tanh").fused()
+    assert calls == [1]
