@@ -230,13 +230,13 @@ def test_merge_and_remove(name: str, by_spec: bool):
 def experts_alone(experts: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[fx.Graph]]:
     """What a step of Mixtral's experts keeps and computes, with its adapters; and its partitioned graphs."""
     graphs: list[fx.Graph] = []
-    count = Partitioner._count
+    counts = Partitioner._counts
 
-    def keep(self: Any, joint: Any, forward: Any, backward: Any, outputs: int) -> None:
+    def keep(self: Any, forward: Any, backward: Any, outputs: int) -> dict[str, Any]:
         graphs.extend([forward.graph, backward.graph])
-        count(self, joint, forward, backward, outputs)
+        return counts(self, forward, backward, outputs)
 
-    monkeypatch.setattr(Partitioner, "_count", keep)
+    monkeypatch.setattr(Partitioner, "_counts", keep)
     model = nn.ModuleDict({"experts": build("mixtral", experts=experts).model.layers[0].mlp.experts})  # type: ignore
     attach(model, grafts(model), spec="lora(r=3)@experts")
     g = torch.Generator().manual_seed(0)
