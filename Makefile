@@ -24,8 +24,8 @@ help:
 	@echo "  ARGS='-k lora'        further arguments of pytest, or of rewrite finetune"
 
 test: lint
-	@echo "pytest: about 12 minutes on 2 cores"
-	$(PY) -m pytest $(ARGS)
+	@echo "pytest: about 15 minutes on 2 cores"
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(PY) -m ruff check .

@@ -130,7 +130,7 @@ def _record(data: dict[str, Any]) -> GraphRecord:
     notes = [Note(**n) for n in data.pop("notes")]
     for saved in data["counts"].get("saved", ()):
         saved["shape"] = tuple(saved["shape"])
-    data["inputs"] = tuple(data["inputs"])
+    data["inputs"], data["arguments"] = tuple(data["inputs"]), tuple(data["arguments"])
     return GraphRecord(**data, passes=passes, notes=notes)
 
 

@@ -19,7 +19,7 @@ def best(
     over (item, cost), in `levels` steps for each item.
 
     >>> best([1.0, 5.0, 3.0], costs=[1, 4, 4], chain=[1, 1, 1], budget=7)
-    [0, 1]
+    [1]
     """
     unit, reached, found = budget / levels, 0, (0.0, -1, 0)
     total = torch.zeros(levels + 1, dtype=torch.float64)  # the best value for every cost

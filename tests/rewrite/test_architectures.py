@@ -89,7 +89,7 @@ def test_compiled_is_one_graph_equals_eager_and_trains(name: str, spec: str):
     inserted = [e for e in record.edits if e.rule == "insert"]
     placements = rewrite.plan(build(name, **changes), spec).placements
     assert len(inserted) == sum(not p.method.trains for p in placements)  # what trains leaves nothing in a graph
-    assert record.notes == []
+    assert [n for n in record.notes if not n.text.startswith("loss ")] == []  # one of few classes is left, and says so
 
 
 @pytest.mark.parametrize(("name", "spec"), PARTITIONED)

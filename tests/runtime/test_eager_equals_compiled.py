@@ -158,6 +158,7 @@ def test_checkpointing_enabled_before_we_attach(reentrant: bool):
 
 
 def test_autocast():
+    torch.manual_seed(1)  # a bound on rounding errors of one draw against those of another
     model = disturb(rewrite.compile(build("llama", torch.float32), SPEC, backend="eager"))
     inputs = batch("llama")
     exact, exact_gradients = step(model, model.forward, inputs)
