@@ -20,7 +20,7 @@ from rewrite.passes.rule import line, site
 
 _AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 _MARK = "deferred"
-_EQUATION = "return linear(x, W, b)  ->  return x; the logits are computed when they are read"
+_EQUATION = "return linear(x, W, b) -> return x; the logits are computed when they are read"
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,8 @@ class _Finder:
             return "it is small"
         if len({rule and rule.codec for rule in self.rules(node)}) > 1:
             return "others read it too"
+        if _is_gradient(owner):
+            return "it is a gradient"
         if layout(value) is None:
             return "it is a part of another tensor"
         if is_statistic(node, self.activations):
@@ -188,6 +190,13 @@ def is_statistic(node: fx.Node, activations: Collection[fx.Node]) -> bool:
             return True
         stack += [i for i in inputs if _numel(i) == _numel(node)]
     return False
+
+
+def _is_gradient(node: fx.Node) -> bool:
+    """Whether an operator computed the gradient of its inputs ahead: an error in it is no error in an activation."""
+    while node.target is operator.getitem:
+        node = node.all_input_nodes[0]
+    return "linear_cross_entropy" in str(node.target)
 
 
 def _is_product(node: fx.Node) -> bool:

@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 
 import rewrite
 from rewrite.errors import RewriteError
+from rewrite.finetune.bases import built_in_config
 from rewrite.runtime import captures
 from rewrite.runtime.backend import rewrite_backend
 from rewrite.runtime.compiled import compile_model
 from rewrite.runtime.lazy_logits import LazyLogits
-from tests.models import ONE_LAYER, assert_close, assert_same, batch, build, disturb, gradients, step
+from tests.models import ONE_LAYER, assert_close, assert_same, batch, build, disturb, gradients, in_own_dtype, step
 
 Tensor = torch.Tensor
 LORA = "lora(r=3)@attn.q,v"
@@ -100,6 +102,29 @@ def test_explain_shows_the_edits():
     assert "chunk_loss x1" in text
     assert "defer_logits x1 at lm_head" in text
     assert "return x; the logits are computed when they are read" in str(rewrite.diff(model))
+
+
+def test_a_codec_of_activations_leaves_the_gradient():
+    model, given = compiled("llama", f"{LORA} + save(int8)", "aot_eager"), batch("llama", 4, 32)
+    step(model, model, given)
+    assert "saved as it is, 65,536 bytes at (model): it is a gradient" in rewrite.explain(model)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_the_model_of_finetune(backend):
+    """The built-in model with real sizes, in float64, against the model that nothing was done to."""
+    torch.manual_seed(0)
+    config = built_in_config()
+    config.num_hidden_layers = 2
+    model = in_own_dtype(transformers.LlamaForCausalLM(config).double())
+    compile_model(disturb(rewrite.attach(model, "lora(r=8)@attn.q,v,head")), backend, True)
+    ids = torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(0))
+    labels = ids.masked_fill(torch.arange(64) < 11, -100)
+    output, found = step(model, model, {"input_ids": ids, "labels": labels})
+    expected, wanted = step(model, model.forward, {"input_ids": ids, "labels": labels})
+    assert rules(model) == {"chunk_loss", "defer_logits"}
+    assert_close(output.loss, expected.loss, 1e-14)
+    assert_same(found, wanted, 1e-12)
 
 
 def test_the_way_out():
