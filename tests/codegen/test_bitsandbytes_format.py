@@ -38,14 +38,6 @@ def flat(tensors: nf4.Nf4Tensors) -> list[torch.Tensor]:
     return [tensors.codes, tensors.absmax] + ([nested.absmax, nested.code, nested.offset] if nested else [])
 
 
-@pytest.fixture
-def bnb():
-    module = pytest.importorskip("bitsandbytes")
-    # Its fallback kernel compiles itself for each shape; the arithmetic is the same without.
-    with torch.compiler.set_stance("force_eager"):
-        yield module
-
-
 def theirs(bnb, values, double_quant, blocksize=64, storage=torch.uint8) -> tuple[dict, torch.Tensor]:
     """The state-dict entries that bitsandbytes makes of a weight, and its dequantised weight."""
     packed, state = bnb.functional.quantize_4bit(

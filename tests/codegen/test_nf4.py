@@ -26,11 +26,8 @@ def weight(shape, dtype=torch.float32, scale=1.0) -> torch.Tensor:
 
 
 @pytest.fixture
-def functional():
-    module = pytest.importorskip("bitsandbytes").functional
-    # Its fallback kernel compiles itself for each shape; the arithmetic is the same without.
-    with torch.compiler.set_stance("force_eager"):
-        yield module
+def functional(bnb):
+    return bnb.functional
 
 
 def test_docstring_examples():
