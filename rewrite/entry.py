@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from rewrite.runtime.prompts import CACHES
+
 
 @dataclass(frozen=True)
 class Cache:
@@ -51,7 +53,7 @@ def entry_of(model: nn.Module) -> Entry | None:
         return Entry(path, why, why)
     arguments, cache = inspect.signature(type(model).forward).parameters, _cache(config)
     no_tokens = "" if "inputs_embeds" in arguments else "the model does not take embeddings for tokens (inputs_embeds)"
-    no_past = "" if "past_key_values" in arguments and cache else "the model keeps no keys and values of past tokens"
+    no_past = "" if set(CACHES) & set(arguments) and cache else "the model keeps no keys and values of past tokens"
     return Entry(path, no_tokens, no_past, cache)
 
 

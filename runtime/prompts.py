@@ -2,7 +2,7 @@
 
 Both are grafts of the model itself, fed by one forward pre-hook, which knows the arguments that models of Hugging
 Face transformers have in common: `input_ids` or `inputs_embeds`, and where they are given `attention_mask`, `labels`,
-`token_type_ids`, `position_ids` and `past_key_values`.  The caller counts no virtual tokens: its mask and positions
+`token_type_ids`, `position_ids` and the cache.  The caller counts no virtual tokens: its mask and positions
 are of its own tokens alone, also in later steps, whose cache holds the virtual ones.  Outputs are not changed: virtual
 tokens have logits too, in front.  transformers is imported where a cache has to be made, and nowhere else.
 """
@@ -22,6 +22,8 @@ from rewrite.runtime.adapter import ADAPTERS, Adapter
 
 Call = dict[str, Any]
 IGNORED = -100  # a label that has no loss
+CACHES = ("past_key_values", "cache")
+"""What models call their keys and values of past tokens: `cache` from transformers 5.24 on."""
 
 
 def hook(model: nn.Module) -> None:
@@ -36,8 +38,12 @@ def feed(model: nn.Module, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[A
     if not torch.compiler.is_compiling():
         fallback.ran_eagerly()
     call = {**dict(zip(_names(model), args, strict=False)), **kwargs} if args else dict(kwargs)
+    name = _cache_name(model)
+    for other in CACHES:  # the caller may know either name
+        if other != name and other in call:
+            call[name] = call.pop(other)
     held = [a for a in getattr(model, ADAPTERS).values() if a.graft.where in _START]
-    cache = call.get("past_key_values")
+    cache = call.get(name)
     seen = 0 if cache is None else cache.get_seq_length()
     if seen:
         return (), _continued(call, sum(_count(adapter) for adapter in held), seen)
@@ -48,14 +54,19 @@ def feed(model: nn.Module, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[A
 
 def forget(model: nn.Module, args: tuple[Any, ...], kwargs: Call, output: Any) -> Any:
     """Forward hook: a caller that wants no cache gets none, though learned keys and values need one inside."""
-    if kwargs.get("use_cache") is not False or not isinstance(output, dict) or "past_key_values" not in output:
+    if kwargs.get("use_cache") is not False or not isinstance(output, dict) or not set(CACHES) & set(output):
         return output
-    return type(output)(**{name: value for name, value in output.items() if name != "past_key_values"})
+    return type(output)(**{name: value for name, value in output.items() if name not in CACHES})
 
 
 def _names(model: nn.Module) -> list[str]:
     """What positional arguments of a model's forward are called."""
     return list(inspect.signature(type(model).forward).parameters)[1:]
+
+
+def _cache_name(model: nn.Module) -> str:
+    """What the forward of a model calls its cache."""
+    return next((name for name in CACHES if name in _names(model)), CACHES[0])
 
 
 def _count(adapter: Adapter) -> int:
@@ -101,7 +112,7 @@ def _prefill(model: nn.Module, adapter: Adapter, call: Call) -> Call:
             f"{adapter.graft.label} lives in the cache, which gradient checkpointing drops: "
             "model.gradient_checkpointing_disable()"
         )
-    cache = call.get("past_key_values")
+    cache = call.get(_cache_name(model))
     if cache is None:
         from transformers import DynamicCache
 
@@ -110,7 +121,7 @@ def _prefill(model: nn.Module, adapter: Adapter, call: Call) -> Call:
     for layer in range(past.shape[1]):
         keys, values = (past[:, layer, i].transpose(0, 1).expand(rows, -1, -1, -1) for i in range(2))
         cache.update(keys, values, layer)
-    found = {**call, "past_key_values": cache}
+    found = {**call, _cache_name(model): cache}
     if (positions := call.get("position_ids")) is not None:
         found["position_ids"] = positions + count
     return found | _masked(call, count)

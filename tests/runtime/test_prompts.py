@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import StaticCache
+from transformers import LlamaForCausalLM, StaticCache
 
 import rewrite
 from rewrite.runtime import attach as attaching
@@ -31,6 +32,7 @@ MIXED = "prompt(n=3) + prefix(n=4) + ptuning(n=2, hidden=7) + lora(r=2)@attn.q +
 every_method = pytest.mark.parametrize("spec", METHODS)
 every_spec = pytest.mark.parametrize("spec", [*METHODS, MIXED])
 decoders = pytest.mark.parametrize("name", ["llama", "gpt2"])
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -209,14 +211,14 @@ def test_a_cache_that_the_caller_keeps(spec: str):
     model = attached("llama", spec).eval()
     ids = batch("llama", tokens=12)["input_ids"]
     expected = model(input_ids=ids).logits[:, -3:]
-    cache = model(input_ids=ids[:, :9], use_cache=True).past_key_values
+    cache = model(input_ids=ids[:, :9], use_cache=True)[CACHE]
     count = cache.get_seq_length()
     assert count == 14
     for mask in (None, torch.ones(2, 12).long(), torch.ones(2, 17).long()):
         held = copy.deepcopy(cache)
-        assert_close(model(input_ids=ids[:, 9:], attention_mask=mask, past_key_values=held).logits, expected)
+        assert_close(model(input_ids=ids[:, 9:], attention_mask=mask, **{CACHE: held}).logits, expected)
     with pytest.raises(rewrite.RewriteError, match=r"it must be of 12, or of all"):
-        model(input_ids=ids[:, 9:], attention_mask=torch.ones(2, 10).long(), past_key_values=cache)
+        model(input_ids=ids[:, 9:], attention_mask=torch.ones(2, 10).long(), **{CACHE: cache})
 
 
 def test_zero_prefixes_and_prompts_of_known_words():
@@ -268,7 +270,7 @@ def test_what_a_model_with_virtual_tokens_refuses():
         model()
     static = StaticCache(config=model.config, max_cache_len=32)
     with pytest.raises(rewrite.RewriteError, match=r"cache that grows"):
-        model.generate(inputs["input_ids"], past_key_values=static, **GREEDY)
+        model.generate(inputs["input_ids"], **{CACHE: static}, **GREEDY)
 
 
 def test_checkpointing_with_a_prompt_gives_the_same_gradients():
