@@ -137,7 +137,12 @@ LINEAR = [
 ELSEWHERE = [
     ("gpt2", peft.IA3Config(), {}),
     *[(name, peft.IA3Config(target_modules=CONVS, feedforward_modules=["narrow"]), {}) for name in ("conv2", "conv3")],
-    ("deep", peft.FourierFTConfig(n_frequency=20, target_modules=["up"], n_frequency_pattern={"1.up": 9}), SINGLE),
+    # In float32 through the FFT of the processor: 1.003e-5 apart on an Intel Xeon, less on an AMD EPYC.
+    (
+        "deep",
+        peft.FourierFTConfig(n_frequency=20, target_modules=["up"], n_frequency_pattern={"1.up": 9}),
+        {**SINGLE, "tolerance": 2e-5},
+    ),
     ("mlp without bias", peft.GloraConfig(target_modules=["lin0", "head"], config_A_B="none"), {}),
     ("mlp without bias", peft.GloraConfig(target_modules=["lin0"], config_A_B="none", modules_to_save=["head"]), {}),
     ("grouped conv2", peft.IA3Config(target_modules=["conv"], feedforward_modules=["conv"]), {}),
