@@ -217,7 +217,11 @@ def test_what_a_method_refuses():
         name, _, args = call.partition("(")
         assert taken or args != ")"
         # Reasons of the place, not of the method.
-        derived = ("without calling one", "reads ids", "its rows are several projections in one")
+        derived = (
+            "without calling one",
+            "reads ids",
+            "its rows are several projections in one: name the parts, e.g. attn.q",
+        )
         assert args != ")" or all(reason.endswith(derived) for reason in refused.values()), refused
         assert all(re.match(rf"{name} does not fit .+: .+", reason) for reason in refused.values()), refused
 
