@@ -25,6 +25,7 @@ from rewrite.paths import element_of
 from rewrite.runtime.adapter import ADAPTERS
 from rewrite.runtime.attach import adapter_state, attachment
 from rewrite.sites import Site, find
+from rewrite.structure.flow import common
 from rewrite.structure.inputs import Inputs, candidates
 from rewrite.table import table
 
@@ -253,7 +254,7 @@ def _group(sites: Sequence[Site], network: str) -> Group | None:
     count = last.in_features // sizes[last.roles[0].partition(".")[2]]
     if any(m.count * m.size != (len(m.rows) if m.rows else m.width) or count % m.count for m in members):
         return None
-    name = _common([site.path for site in sites])
+    name = common([site.path for site in sites])
     kind: Literal["heads", "channels"] = "channels" if network == "ffn" else "heads"
     return Group(name, kind, count, count // min(m.count for m in members), members)
 
@@ -266,16 +267,6 @@ def _member(site: Site, size: int, last: bool) -> Member:
         )
     width = place.matrix[-2]
     return Member(site.path, place.tensor, place.map, "rows", site.rows, site.out_features // size, size, width)
-
-
-def _common(paths: Sequence[str]) -> str:
-    """The innermost module around all of them."""
-    shared: list[str] = []
-    for names in zip(*(p.split(".") for p in paths), strict=False):
-        if len(set(names)) > 1:
-            break
-        shared.append(names[0])
-    return ".".join(shared)
 
 
 def _apply(model: nn.Module, group: Group, units: Sequence[int]) -> None:

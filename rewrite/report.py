@@ -199,7 +199,7 @@ def report(
         estimator = Estimator(model, given)
         estimate = estimator.estimate(spec) if spec is not None else estimator.as_it_is()
         beside = [counted_report(name, estimator.full(), str(given), _FULL)]
-        if (lora := _lora(estimator)) is not None and lora.spec != estimate.spec:
+        if (lora := _lora(estimator, estimate.spec)) is not None:
             beside.append(counted_report(name, lora, str(given)))
     return counted_report(name, estimate, str(given), beside=beside)
 
@@ -221,8 +221,11 @@ def counted_report(
     )
 
 
-def _lora(estimator: Estimator) -> Estimate | None:
+def _lora(estimator: Estimator, counted: str) -> Estimate | None:
+    """Plain LoRA, unless it is what was counted already."""
     for spec in _LORA:
+        if spec == counted:
+            return None
         try:
             return estimator.estimate(spec)
         except ResolveError:  # a model without such sites

@@ -39,6 +39,19 @@ def narrow(block: Block, reduction: int) -> Narrow:
     return Narrow(block.width // reduction, head, max(1, block.feed // reduction), block.memory // reduction)
 
 
+def refusal(site: Site, reduction: int) -> str | None:
+    """Why there is no narrow block beside a block, or None."""
+    assert site.block is not None
+    width = site.block.width
+    return f"reduction={reduction} leaves nothing of its width {width}" if width < reduction else None
+
+
+def tap(h: Tensor, D: Tensor, b: Tensor, n: Tensor, nb: Tensor) -> Tensor:
+    """norm(D h + b), what a network that only reads the streams of a model takes of one."""
+    t = F.linear(h, D.to(h.dtype), b.to(h.dtype))
+    return F.layer_norm(t, (n.shape[0],), n.to(h.dtype), nb.to(h.dtype))
+
+
 def params(block: Block, reduction: int) -> dict[str, Param]:
     """The tensors of the block beside `block`."""
     to = narrow(block, reduction)

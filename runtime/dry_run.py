@@ -46,8 +46,7 @@ def dry_run(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
     Example: `dry_run(model, kwargs={"input_ids": ids, "labels": ids})[0].counts["saved_bytes"]`
     """
     mode, records = FakeTensorMode(allow_non_fake_inputs=True), list[GraphRecord]()
-    faked = _faked(without_numbers(model), mode)
-    batch: Any = tree_map_only(Tensor, lambda t: _fake(t, mode), (tuple(args), dict(kwargs or {})))
+    faked, batch = _faked(without_numbers(model), mode), _faked_batch(args, kwargs, mode)
     call = torch.compile(
         entry_of(faked), backend=_counting(records, True if attachment(model) else None), dynamic=False
     )
@@ -63,8 +62,7 @@ def eager_bytes(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str,
     GPU keeps a byte.
     """
     mode, kept = FakeTensorMode(allow_non_fake_inputs=True), dict[int, Any]()
-    faked = _faked(without_numbers(model), mode)
-    batch: Any = tree_map_only(Tensor, lambda t: _fake(t, mode), (tuple(args), dict(kwargs or {})))
+    faked, batch = _faked(without_numbers(model), mode), _faked_batch(args, kwargs, mode)
     inputs = [t for t in tree_leaves(batch) if isinstance(t, Tensor)]
     known = {t.untyped_storage()._cdata for t in (*faked.parameters(), *faked.buffers(), *inputs)}
 
@@ -114,6 +112,10 @@ def _faked(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
                 known[id(tensor)] = shared
             held[name] = known[id(tensor)]
     return model
+
+
+def _faked_batch(args: Sequence[Any], kwargs: Mapping[str, Any] | None, mode: FakeTensorMode) -> Any:
+    return tree_map_only(Tensor, lambda t: _fake(t, mode), (tuple(args), dict(kwargs or {})))
 
 
 def _tables(model: nn.Module) -> Iterator[dict[str, Any]]:

@@ -37,9 +37,7 @@ class Qst(Method):
     paper = "https://arxiv.org/abs/2401.07159"
 
     def fits(self, site: Site) -> str | None:
-        assert site.block is not None
-        width = site.block.width
-        return f"reduction={self.reduction} leaves nothing of its width {width}" if width < self.reduction else None
+        return rungs.refusal(site, self.reduction)
 
     def params(self, site: Site) -> dict[str, Param]:
         block = site.block

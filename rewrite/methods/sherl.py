@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from rewrite import rungs
 from rewrite.blocks import Block
 from rewrite.method import Method, Param, Tensor, arg, kaiming
 from rewrite.runtime.side import Call
@@ -33,9 +34,7 @@ class Sherl(Method):
     paper = "https://arxiv.org/abs/2407.07523"
 
     def fits(self, site: Site) -> str | None:
-        assert site.block is not None
-        width = site.block.width
-        return f"reduction={self.reduction} leaves nothing of its width {width}" if width < self.reduction else None
+        return rungs.refusal(site, self.reduction)
 
     def params(self, site: Site) -> dict[str, Param]:
         assert site.block is not None
@@ -46,8 +45,7 @@ class Sherl(Method):
         return {"D": Param((m, d), kaiming), "b": Param((m,), decay=False)} | gain
 
     def tap(self, h: Tensor, D: Tensor, b: Tensor, n: Tensor, nb: Tensor) -> Tensor:
-        t = F.linear(h, D.to(h.dtype), b.to(h.dtype))
-        return F.layer_norm(t, (n.shape[0],), n.to(h.dtype), nb.to(h.dtype))
+        return rungs.tap(h, D, b, n, nb)
 
     def step(self, s: Any, t: Tensor, call: Call, block: Block, theta: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         return (*(s or ()), t)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from rewrite import rungs
 from rewrite.blocks import Block
 from rewrite.method import Method, Param, Tensor, arg, kaiming
 from rewrite.runtime.side import Call
@@ -34,9 +35,7 @@ class Unipt(Method):
     paper = "https://arxiv.org/abs/2308.14316"
 
     def fits(self, site: Site) -> str | None:
-        assert site.block is not None
-        width = site.block.width
-        return f"reduction={self.reduction} leaves nothing of its width {width}" if width < self.reduction else None
+        return rungs.refusal(site, self.reduction)
 
     def params(self, site: Site) -> dict[str, Param]:
         assert site.block is not None
@@ -47,8 +46,7 @@ class Unipt(Method):
         return {"W": Param((m, m), kaiming), "v": Param((1, m), kaiming), "U": Param((d, m))} | gain
 
     def tap(self, h: Tensor, D: Tensor, b: Tensor, n: Tensor, nb: Tensor) -> Tensor:
-        t = F.linear(h, D.to(h.dtype), b.to(h.dtype))
-        return F.layer_norm(t, (n.shape[0],), n.to(h.dtype), nb.to(h.dtype))
+        return rungs.tap(h, D, b, n, nb)
 
     def step(self, s: Any, t: Tensor, call: Call, block: Block, theta: Mapping[str, Tensor]) -> tuple[Taps, Tensor]:
         past = call.recall(t.unsqueeze(1), t.unsqueeze(1))[0].squeeze(1)
