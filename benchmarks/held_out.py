@@ -56,7 +56,8 @@ SPECS = (
     f"{LORA} + mezo(eps=1e-2)",
     "mezo(eps=1e-3)",
 )
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+RATES, ZEROTH = (3e-3, 1e-2, 3e-2), (1e-3, 1e-2, 1e-1)
+"""Rates of AdamW, and of SGD on gradients that are estimated from losses."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,11 @@ class Row:
 def measure(base: bases.Base, blocks: Any, spec: str, args: argparse.Namespace) -> Row:
     """The best of all rates, each from a fresh copy of the base."""
     begin, best = time.perf_counter(), (float("inf"), 0.0, 0)
-    for lr in args.rates:
+    zeroth = "mezo" in spec
+    for lr in args.zeroth if zeroth else args.rates:
         model = copy.deepcopy(base.model)
         torch.manual_seed(args.seed)
         rewrite.attach(model, spec)
-        zeroth = "mezo" in spec
         optimizer = rewrite.optimizer(model, torch.optim.SGD if zeroth else torch.optim.AdamW, lr=lr)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         try:
@@ -99,6 +100,24 @@ def lines(rows: list[Row], before: float) -> list[str]:
     return ["| " + " | ".join(r) + " |" for r in (found[0], ["---"] * 5, *found[1:])]
 
 
+def page(text: str, args: argparse.Namespace) -> str:
+    """The table with what it shows."""
+    rates, zeroth = (", ".join(f"{rate:g}" for rate in given) for given in (args.rates, args.zeroth))
+    return f"""# Does every method learn?
+
+`python benchmarks/held_out.py`, torch {torch.__version__}: the built-in model after {args.pretrain_steps} steps of
+pre-training, then {args.steps} steps of {args.batch} x 64 tokens with each method, as it is, in eager. Loss on held-out
+text in nats a byte; the best of the rates {rates}, for `mezo` of {zeroth}.
+It shows that a method learns, it is no ranking: a few steps favour methods that train much, and each has rates of its
+own. `mezo` needs many more steps than methods with gradients. `vqt` is not here: it is for models whose tokens see one
+another, and refuses this causal one.
+
+{text}
+
+![nats below the base](held_out.png)
+"""
+
+
 def picture(rows: list[Row], before: float, file: Path) -> None:
     from matplotlib.figure import Figure
 
@@ -109,7 +128,7 @@ def picture(rows: list[Row], before: float, file: Path) -> None:
     axes.axvline(before - rows[0].loss, color="#b3590b", linewidth=1)
     axes.set_yticks(range(len(rows)), [r.spec for r in ordered], fontsize=8)
     axes.invert_yaxis()
-    axes.set(xlabel=f"nats below the base's held-out loss of {before:.3f}; the line is {rows[0].spec}")
+    axes.set(xlabel=f"nats below the base, {before:.3f}; the line is LoRA")
     axes.spines[["right", "top"]].set_visible(False)
     figure.savefig(file, dpi=150)
 
@@ -120,6 +139,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--pretrain-steps", type=int, default=200)
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    parser.add_argument("--zeroth", type=float, nargs="+", default=ZEROTH)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--specs", nargs="+", default=SPECS)
     parser.add_argument("--out", type=Path)
@@ -139,7 +159,7 @@ def main() -> None:
         about = {"torch": torch.__version__, "python": platform.python_version(), "args": vars(args) | {"out": ""}}
         data = {"about": about, "before": before, "rows": [asdict(r) for r in rows]}
         (args.out / "held_out.json").write_text(json.dumps(data, indent=2) + "\n")
-        (args.out / "held_out.table.md").write_text(text + "\n")
+        (args.out / "held_out.md").write_text(page(text, args))
         picture(rows, before, args.out / "held_out.png")
 
 
