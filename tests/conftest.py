@@ -14,6 +14,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it reads this once
 # Before torch is imported. The tensors here are tiny: a second thread only waits, and on a busy machine it waits long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not os.path.exists("/dev/nvidiactl"):  # no GPU: Triton's kernels run on CPU tensors, which it decides when imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 TESTS = Path(__file__).resolve().parent
 

@@ -1,0 +1,92 @@
+"""Kernels compiled for a GPU that is not there: registers, spills, shared memory and instructions of the machine code.
+
+ptxas, cuobjdump and nvdisasm come with Triton; neither a GPU nor a CUDA toolkit is needed.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+
+from rewrite.codegen.kernels.kernel import Config, Kernel
+from rewrite.codegen.kernels.target import Target
+
+_TENSOR_CORES = ("HGMMA", "HMMA", "QGMMA", "IMMA")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the machine code of one configuration takes; `error` where it could not be compiled."""
+
+    registers: int = 0
+    spills: int = 0
+    """Bytes of stack, and loads and stores of local memory."""
+    shared: int = 0
+    products: int = 0
+    """Instructions of the tensor cores."""
+    fused: int = 0
+    """Fused multiply-adds of float32."""
+    error: str = ""
+
+
+def compile(kernel: Kernel, config: Config, target: Target) -> Resources:
+    """Compile one configuration of a kernel for a target.
+
+    Needs Triton without its interpreter (`TRITON_INTERPRET` unset).
+    """
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as build
+
+    function = kernel.function
+    arguments, constants = dict(kernel.arguments()), dict(config.tiles)
+    names = [name for name in function.arg_names]
+    signature = {name: "constexpr" if name in constants else arguments[name] for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": kernel.fp_fusion}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
+    try:
+        built = build(source, target=GPUTarget("cuda", target.capability, 32), options=options)
+    except Exception as error:  # the compiler fails in many ways: LLVM, ptxas, its own passes
+        return Resources(error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(built.asm["cubin"])
+        cubin.flush()
+        usage = _output(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name)
+        code = _output(knobs.nvidia.nvdisasm.path, "-c", cubin.name)
+    stack = int(_found(r"STACK:(\d+)", usage))
+    local = len(re.findall(r"\b(?:LDL|STL)\b", code))
+    return Resources(
+        registers=int(_found(r"REG:(\d+)", usage)),
+        spills=stack + local,
+        shared=int(built.metadata.shared),
+        products=sum(len(re.findall(rf"\b{op}\b", code)) for op in _TENSOR_CORES),
+        fused=len(re.findall(r"\bFFMA\d?\b", code)),
+    )
+
+
+def complaints(kernel: Kernel, config: Config, target: Target, found: Resources) -> list[str]:
+    """What is wrong with a compiled configuration: errors, spills, too much shared memory, missing tensor cores."""
+    if found.error:
+        return [f"does not compile: {found.error}"]
+    wrong = []
+    if found.spills:
+        wrong.append(f"spills {found.spills} bytes or accesses of local memory")
+    if found.shared > target.shared:
+        wrong.append(f"needs {found.shared:,} bytes of shared memory, {target.name} has {target.shared:,}")
+    rows = dict(config.tiles).get("BLOCK_M", 0)
+    if kernel.products and rows >= 64 and not found.products:
+        wrong.append(f"no tensor-core instruction at BLOCK_M={rows}")
+    return wrong
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    return match.group(1) if match else "0"

@@ -1,0 +1,36 @@
+"""The GPUs that kernels are generated for, and what of them limits a launch."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Target:
+    """A CUDA architecture: compute capability, and the bytes of shared memory that one program may use.
+
+    >>> Target(90, 232_448).name
+    'sm_90'
+    """
+
+    capability: int
+    shared: int
+
+    @property
+    def name(self) -> str:
+        return f"sm_{self.capability}"
+
+
+SM80 = Target(80, 166_912)
+SM90 = Target(90, 232_448)
+TARGETS = {target.name: target for target in (SM80, SM90)}
+
+
+@functools.cache
+def of_device(index: int) -> Target:
+    """The target that a CUDA device is, by its own count of shared memory."""
+    found = torch.cuda.get_device_properties(index)
+    return Target(found.major * 10 + found.minor, found.shared_memory_per_block_optin)

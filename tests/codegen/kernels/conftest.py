@@ -1,0 +1,22 @@
+"""What tests of kernels share: the device that they run on, and references in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rewrite.codegen.kernels import interpret
+
+
+@pytest.fixture(scope="session", autouse=True)
+def repaired() -> None:
+    """Triton's interpreter with its bfloat16 made right, where kernels are interpreted."""
+    pytest.importorskip("triton")
+    if interpret.active():
+        interpret.repair()
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels run: a GPU, or CPU tensors under Triton's interpreter."""
+    return torch.device("cpu" if interpret.active() else "cuda")
