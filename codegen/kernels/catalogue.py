@@ -1,4 +1,4 @@
-"""All kernels: every module of this folder that has `EXAMPLES`, structures that are compiled ahead of time in the tests."""
+"""All kernels: every module of this folder has `EXAMPLES`, structures that the tests compile ahead of time."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Triton's interpreter made right for bfloat16: casts that round to nearest, and products of values, not of bits.
 
-With `TRITON_INTERPRET=1` kernels run on CPU tensors, in numpy.  That holds bfloat16 as 16-bit integers: up to Triton 3.7
-it cuts float32 off where a GPU rounds to the nearest even number, and multiplies the integers in `tl.dot`.
+With `TRITON_INTERPRET=1` kernels run on CPU tensors, in numpy, which holds bfloat16 as 16-bit integers.  Up to Triton
+3.7, float32 is cut off where a GPU rounds to the nearest even number, and `tl.dot` multiplies the integers.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def narrow(values: np.ndarray) -> np.ndarray:
 def repair() -> None:
     """Replace the interpreter's casts from and to bfloat16 and its `tl.dot`, once."""
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder as Builder
-    from triton.runtime.interpreter import TensorHandle
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+    Builder: Any = InterpreterBuilder
     cast, dot = Builder.cast_impl, Builder.create_dot
 
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The template language: jinja2 over a kernel's structure, `%%` starting a line of it, to a standalone Triton source."""
+"""The template language: jinja2 over a kernel's structure, `%%` opening its lines, to a standalone Triton source."""
 
 from __future__ import annotations
 

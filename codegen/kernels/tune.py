@@ -45,6 +45,7 @@ def _milliseconds(run: Callable[[Config], None], config: Config) -> float:
     from triton.testing import do_bench
 
     try:
-        return float(do_bench(lambda: run(config), warmup=5, rep=20, return_mode="median"))
+        found: Any = do_bench(lambda: run(config), warmup=5, rep=20, return_mode="median")
+        return float(found)
     except (OutOfResources, PTXASError, CompilationError, RuntimeError):
         return float("inf")
