@@ -104,6 +104,7 @@ def compile(
     inputs: Batch | None = None,
     backend: str = "inductor",
     dynamic: bool | None = True,
+    mode: str | None = None,
     chunked_loss: bool = True,
     memory: str | int | None = None,
     tokens: int | None = None,
@@ -111,16 +112,19 @@ def compile(
 ) -> nn.Module:
     """`attach(model, spec)`, and let `model(...)` run compiled; the same instance comes back.
 
-    `backend`: `inductor`, `aot_eager`, or `eager` (our rewritten graph as it is, for debugging).  `dynamic` as in
-    `torch.compile`.  `chunked_loss`: a training step computes head and cross entropy in chunks of rows and keeps no
-    logits; `output.logits` are computed when they are read (docs/loss.md).  `inputs` as in `plan`.  With `memory`
-    (bytes, or `"12GiB"`), what a training step on `batch` rows of `tokens` tokens (or on `inputs`) needs beside the
-    spec to fit is added to it and said: recomputation, saved activations or a base in fewer bits, fewer adapted
-    blocks (docs/memory.md).  A failed compile leaves the model as it was.
+    `backend`: `inductor`, `aot_eager`, or `eager` (our rewritten graph as it is, for debugging).  `dynamic` and `mode`
+    as in `torch.compile`: `mode="reduce-overhead"` replays CUDA graphs, which pays where a step is many small kernels
+    (few tokens) and wants `dynamic=False`; other backends and the CPU run as without it.  `chunked_loss`: a training
+    step computes head and cross entropy in chunks of rows and keeps no logits; `output.logits` are computed when they
+    are read (docs/loss.md).  `inputs` as in `plan`.  With `memory` (bytes, or `"12GiB"`), what a training step on
+    `batch` rows of `tokens` tokens (or on `inputs`) needs beside the spec to fit is added to it and said:
+    recomputation, saved activations or a base in fewer bits, fewer adapted blocks (docs/memory.md).  A failed compile
+    leaves the model as it was.
 
     Example: `model = rewrite.compile(model, "lora(r=8)@attn.q,v + nf4(base)")`
     """
     compiled.check_backend(backend)
+    compiled.check_mode(mode)
     note = ""
     if memory is not None:
         if tokens is None and inputs is None:
@@ -131,7 +135,7 @@ def compile(
         log.warning("%s", note)
     planned = _plan(model, spec, inventory.take(model, _batch(inputs)))
     planned = replace(planned, notes=(*planned.notes, note)) if note else planned
-    return compiled.compile_model(lower.attach(model, planned), backend, dynamic, chunked_loss)
+    return compiled.compile_model(lower.attach(model, planned), backend, dynamic, chunked_loss, mode)
 
 
 def apply(program: ExportedProgram, spec: str | Spec) -> ExportedProgram:

@@ -23,6 +23,7 @@ from rewrite.runtime.lazy_logits import returning
 from rewrite.runtime.signature import inputs_of
 
 BACKENDS = ("inductor", "aot_eager", "eager")
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _numbers = itertools.count()
 
 
@@ -35,11 +36,13 @@ def rewrite_backend(
 ) -> Callable[..., Any]:
     """Compile one captured graph.
 
-    `mode` is Inductor's (`"reduce-overhead"`, ...); `options` are Inductor's, plus `backend`, and `chunked_loss`
-    (true): whether a training graph's loss is computed in chunks of rows (docs/loss.md).
+    `mode` is Inductor's, one of `MODES`; `options` are Inductor's, plus `backend`, `mode` (torch.compile takes no other
+    option beside its own), and `chunked_loss` (true): whether a training graph's loss is computed in chunks of rows
+    (docs/loss.md).
     """
     settings = dict(options or {})
     engine = check_backend(settings.pop("backend", "inductor"))
+    mode = check_mode(settings.pop("mode", mode))
     chunked_loss = settings.pop("chunked_loss", None)
     record = GraphRecord(title=f"graph_{next(_numbers)}", training=torch.is_grad_enabled())
     tensors = list(capture.adapter_tensors(gm)) or list(capture.parameters(gm))
@@ -92,6 +95,13 @@ def check_backend(name: str) -> str:
     return name
 
 
+def check_mode(name: str | None) -> str | None:
+    """`name` if it is one of `MODES` or None; raises `RewriteError` with the choices otherwise."""
+    if name is not None and name not in MODES:
+        raise RewriteError(f"unknown mode {name!r}: choose one of {', '.join(MODES)}")
+    return name
+
+
 def _aot_eager(gm: fx.GraphModule, inputs: Sequence[Any], record: GraphRecord) -> Callable[..., Any]:
     from torch._dynamo.backends.debugging import boxed_nop
 
@@ -112,13 +122,12 @@ def _inductor(
     options: dict[str, Any],
 ) -> Callable[..., Any]:
     # Imported here: Inductor takes a second to load, and `import rewrite` should not.
-    from torch._inductor import config, list_mode_options
+    from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
 
-    patches = dict(list_mode_options(mode)) if mode and mode != "default" else {}
-    patches |= options
+    patches: dict[str, Any] = {**(list_mode_options(mode) if mode else {}), **options}
     if record.passes:
         patches["custom_partitioner_fn"] = Partitioner(record, decompositions=select_decomp_table())
-    with config.patch(patches):
-        return compile_fx(gm, inputs)  # type: ignore[arg-type]
+    # As an argument, not around the call: a backward graph with symbolic sizes is compiled when it first runs.
+    return compile_fx(gm, inputs, config_patches=patches)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import torch._dynamo
 from torch import nn
 
 from rewrite.runtime.attach import CompiledCallBase, require
-from rewrite.runtime.backend import check_backend, rewrite_backend
+from rewrite.runtime.backend import check_backend, check_mode, rewrite_backend
 from rewrite.runtime.graft import Regime
 from rewrite.runtime.regimes import watch
 
@@ -25,9 +25,11 @@ _LOGGING = {getattr(logging.Logger, name) for name in ("warning", "info", "debug
 class CompiledCall(CompiledCallBase):
     """Calls a model through `torch.compile(backend="rewrite")`; a copy of the model is not compiled."""
 
-    def __init__(self, model: nn.Module, backend: str, dynamic: bool | None, chunked_loss: bool) -> None:
+    def __init__(
+        self, model: nn.Module, backend: str, dynamic: bool | None, chunked_loss: bool, mode: str | None
+    ) -> None:
         self.model = model
-        options = {"backend": backend, "chunked_loss": chunked_loss}
+        options = {"backend": backend, "chunked_loss": chunked_loss, "mode": mode}
         self.call = torch.compile(entry_of(model), backend=rewrite_backend, dynamic=dynamic, options=options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -71,12 +73,15 @@ def settings(regimes: Sequence[Regime] = ()) -> dict[str, Any]:
     return found
 
 
-def compile_model(model: nn.Module, backend: str, dynamic: bool | None, chunked_loss: bool = True) -> nn.Module:
+def compile_model(
+    model: nn.Module, backend: str, dynamic: bool | None, chunked_loss: bool = True, mode: str | None = None
+) -> nn.Module:
     """Compile an attached model in place: it stays an instance of its class, `model.forward` stays eager.
 
-    `chunked_loss`: compute the loss of a training step in chunks of rows, without all logits at once.
+    `chunked_loss`: compute the loss of a training step in chunks of rows, without all logits at once.  `mode` is
+    Inductor's.
     """
     state = require(model)
     state.backend = check_backend(backend)
-    model._compiled_call_impl = CompiledCall(model, backend, dynamic, chunked_loss)
+    model._compiled_call_impl = CompiledCall(model, backend, dynamic, chunked_loss, check_mode(mode))
     return model
