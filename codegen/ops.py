@@ -7,7 +7,7 @@
 
 `adapted_linear` follows autocast and hands over to `adapted_linear_core`, which is opaque to AOTAutograd: it
 accumulates each branch into the output of the base product in place, and never saves a weight that it decoded.
-The bodies here are the references that Inductor calls; kernels stand in `rewrite.codegen.kernels`.
+The bodies here are the references; a device's faster routes are in `rewrite.codegen.routes`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 import rewrite.codegen.weights  # noqa: F401  (defines rewrite::low_rank_weight)
+from rewrite.codegen import routes
 from rewrite.codegen.activations import coarse_activation
 from rewrite.codegen.storage import layout as parse_layout
 from rewrite.codegen.workspace import register_workspace
@@ -116,6 +117,15 @@ def _core(x, weight, layout, bias, h, B, scale, start, skip):
     return out
 
 
+def _routed_core(x, weight, layout, *rest):
+    """The product by a route of the device: of the stored weight, or else of the decoded one."""
+    if route := routes.of_product(x, weight, layout, *rest):
+        return route.product(x, weight, layout, *rest)
+    if layout != "dense":
+        return _routed_core(x, [decode(weight, layout).to(x.dtype)], "dense", *rest)
+    return _core(x, weight, layout, *rest)
+
+
 def _kept(skip: Sequence[int], columns: int) -> list[tuple[int, int]]:
     """What is left of that many columns without those that are skipped, as slices; one at least."""
     if not skip:
@@ -182,6 +192,12 @@ def _input_gradient_core(dy, weight, layout):
     return torch.mm(dy.reshape(-1, dy.shape[-1]), w).view(*dy.shape[:-1], w.shape[1])
 
 
+def _routed_input_gradient(dy, weight, layout):
+    if route := routes.of_input_gradient(dy, weight, layout):
+        return route.input_gradient(dy, weight, layout)
+    return _input_gradient_core(dy, weight, layout)
+
+
 def _input_gradient_fake(dy, weight, layout):
     return dy.new_empty(*dy.shape[:-1], parse_layout(layout).shape[1])  # type: ignore[attr-defined]
 
@@ -192,6 +208,9 @@ _lib.impl("adapted_linear", adapted_linear, "CompositeImplicitAutograd")
 _lib.impl("low_rank", low_rank, "CompositeExplicitAutograd")
 _lib.impl("adapted_linear_core", _core, "CompositeExplicitAutograd")
 _lib.impl("linear_input_gradient", _input_gradient_core, "CompositeExplicitAutograd")
+for _device in ("CPU", "CUDA"):
+    _lib.impl("adapted_linear_core", _routed_core, _device)
+    _lib.impl("linear_input_gradient", _routed_input_gradient, _device)
 torch.library.register_fake(
     "rewrite::low_rank", lambda x, A, B, scale: x.new_empty(*x.shape[:-1], B.shape[0]), lib=_lib
 )

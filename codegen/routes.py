@@ -1,0 +1,50 @@
+"""How a device computes the fused linear operators: its routes are asked in turn, the reference is the last.
+
+A route is a module of kernels.  It says by layout, shapes and dtypes what it multiplies; a stored weight that none
+does is decoded, once for the product, and the routes are asked again for the dense one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+Tensor = torch.Tensor
+
+
+class Route(Protocol):
+    """The arguments are those of `rewrite::adapted_linear_core` and of `rewrite::linear_input_gradient`."""
+
+    def supports_product(self, x: Tensor, weight: Sequence[Tensor], layout: str, *rest: Any) -> str | None:
+        """Why the route does not compute this product, or None."""
+        ...
+
+    def product(self, x: Tensor, weight: Sequence[Tensor], layout: str, *rest: Any) -> Tensor:
+        """`x W' + bias + sum of scale * h B'`, (..., d_out)."""
+        ...
+
+    def supports_input_gradient(self, dy: Tensor, weight: Sequence[Tensor], layout: str) -> str | None:
+        """Why the route does not compute this gradient, or None."""
+        ...
+
+    def input_gradient(self, dy: Tensor, weight: Sequence[Tensor], layout: str) -> Tensor:
+        """`dy W`, (..., d_in)."""
+        ...
+
+
+ROUTES: dict[str, tuple[Route, ...]] = {"cpu": (), "cuda": ()}
+"""The routes of each type of device; the first that supports a product computes it."""
+
+
+def of_product(x: Tensor, weight: Sequence[Tensor], layout: str, *rest: Any) -> Route | None:
+    """The route that computes a fused product, None where only the reference does."""
+    routes = ROUTES[x.device.type]
+    return next((r for r in routes if r.supports_product(x, weight, layout, *rest) is None), None)
+
+
+def of_input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> Route | None:
+    """The route that computes the gradient of a frozen linear layer's input, None where only the reference does."""
+    routes = ROUTES[dy.device.type]
+    return next((r for r in routes if r.supports_input_gradient(dy, weight, layout) is None), None)
