@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-import rewrite.codegen.ops  # noqa: F401  (defines torch.ops.rewrite)
+import rewrite.codegen.dropout
+import rewrite.codegen.ops  # noqa: F401  (they define torch.ops.rewrite)
 from rewrite.codegen.forms import Base, Dense, Form, Formed
 from rewrite.codegen.maps import LayerMap, Matmul, Rows
 from rewrite.codegen.typed import typed
@@ -47,7 +47,7 @@ class Here:
 
 def _dropped(method: Method, x: Any, training: bool) -> Any:
     p = getattr(method, "dropout", 0.0)
-    return F.dropout(x, p, training) if p and training else x
+    return torch.ops.rewrite.dropout(x, torch.ops.rewrite.draw(x), p) if p and training else x
 
 
 def _aligned(gate: Any, y: Any = None) -> Any:

@@ -52,7 +52,21 @@ INITS = [
 def peft_model(name: str, dtype: torch.dtype, **settings: Any) -> nn.Module:
     model = build(name, dtype)
     fan_in = {"fan_in_fan_out": True} if name == "gpt2" else {}
-    return peft.get_peft_model(model, peft.LoraConfig(**{"lora_alpha": settings["r"], **settings, **fan_in}))
+    model = peft.get_peft_model(model, peft.LoraConfig(**{"lora_alpha": settings["r"], **settings, **fan_in}))
+    for layers in [m.lora_dropout for m in model.modules() if hasattr(m, "lora_dropout")]:
+        layers.default = Dropout(settings["lora_dropout"]) if settings.get("lora_dropout") else layers.default
+    return model
+
+
+class Dropout(nn.Module):
+    """Theirs with our random numbers."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.rewrite.dropout(x, torch.ops.rewrite.draw(x), self.p) if self.training else x
 
 
 def peft_name(ours: str) -> str:
