@@ -16,6 +16,7 @@ from typing import Any
 
 import rewrite
 from rewrite.catalogue import described, page
+from rewrite.codegen.kernels.target import TARGETS
 from rewrite.errors import Error, RewriteError, nearest
 from rewrite.finetune.bases import built_in_config
 from rewrite.finetune.request import Job
@@ -95,6 +96,22 @@ def methods(args: argparse.Namespace) -> int:
     chosen = [known[name] for name in args.names or known]
     print(page(chosen) if args.markdown else "\n\n".join(map(described, chosen)))
     return 0
+
+
+def kernels(args: argparse.Namespace) -> int:
+    from rewrite import kernel_table
+
+    if args.source is not None:
+        print(kernel_table.examples(args.source)[0].source, end="")
+        return 0
+    results = kernel_table.checked(args.names, args.target)
+    wrong = kernel_table.complaints(results)
+    _write(args.json, lambda: kernel_table.to_json(results))
+    if not args.json:
+        print(kernel_table.text(results))
+    for line in wrong:
+        print(line, file=sys.stderr)
+    return 1 if args.check and wrong else 0
 
 
 def finetune(args: argparse.Namespace) -> int:
@@ -178,6 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     listed = _command(commands, "methods", methods, "list the methods and their arguments", "lora")
     listed.add_argument("names", nargs="*", metavar="method", help="only these")
     listed.add_argument("--markdown", action="store_true", help="a table, as docs/methods.md has it")
+    _add_kernels(commands)
     _add_finetune(commands)
     return parser
 
@@ -202,6 +220,20 @@ def _with_model(
 def _add_shape(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=_positive, default=2, metavar="B", help="rows in a batch (default 2)")
     parser.add_argument("--length", type=_length, default=16, metavar="T", help="tokens in a row (default 16)")
+
+
+def _add_kernels(commands: Any) -> None:
+    about = "compile the generated kernels, without a GPU, and show what they take"
+    parser = _command(commands, "kernels", kernels, about, "nf4_dequantise --target sm_90 --check")
+    parser.add_argument("names", nargs="*", metavar="kernel", help="only these")
+    parser.add_argument(
+        "--target", action="append", default=[], choices=TARGETS, help="only this architecture; may be given again"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write every configuration with all that was counted")
+    parser.add_argument("--source", metavar="NAME", help="print a generated source of this kernel instead")
+    parser.add_argument(
+        "--check", action="store_true", help="exit with 1 where one spills, does not fit, or does not compile"
+    )
 
 
 def _add_finetune(commands: Any) -> None:

@@ -20,6 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = "2.13.0"
+TRITONS = ("3.6.0", "3.7.1")
+"""What the tests compile kernels with, those of torch 2.11 and 2.13; what is not installed stands beside."""
 
 
 def main() -> int:
@@ -47,8 +49,24 @@ def main() -> int:
     say(f"installing rewrite and what .[{args.extra}] needs")
     if not pip(python, "--editable", f"{ROOT}[{args.extra}]"):
         return fail("the installation failed; pip's message is above")
+    if args.extra == "test" and not beside(args.venv, python):
+        return fail("Triton could not be installed; pip's message is above")
     say("ready")
     return 0
+
+
+def beside(venv: Path, python: Path) -> bool:
+    """Put each version of Triton that kernels are checked with into a folder of its own, but for the installed one."""
+    installed = output(python, "import importlib.metadata as m; print(m.version('triton'))")
+    if not installed:  # there are wheels for Linux alone
+        return True
+    for version in TRITONS:
+        folder = venv / f"triton-{version}"
+        if version != installed and not folder.exists():
+            say(f"installing triton {version} beside {installed}, to check kernels with both")
+            if not pip(python, "--no-deps", "--target", str(folder), f"triton=={version}"):
+                return False
+    return True
 
 
 def create(venv: Path, python: Path) -> None:

@@ -5,9 +5,14 @@ ptxas, cuobjdump and nvdisasm come with Triton; neither a GPU nor a CUDA toolkit
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 from rewrite.codegen.kernels.kernel import Config, Kernel
@@ -68,8 +73,27 @@ def compile(kernel: Kernel, config: Config, target: Target) -> Resources:
     )
 
 
+def compile_all(jobs: Sequence[tuple[Kernel, Config, Target]], workers: int = 2) -> Iterator[Resources]:
+    """Compile many configurations in processes of their own, where Triton does not interpret; results in order."""
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        with _compiling():
+            results = pool.map(compile, *zip(*jobs, strict=True)) if jobs else iter(())
+        yield from results
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """Processes that are started in the block import a Triton that compiles."""
+    set_here = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        yield
+    finally:
+        if set_here is not None:
+            os.environ["TRITON_INTERPRET"] = set_here
+
+
 def complaints(kernel: Kernel, config: Config, target: Target, found: Resources) -> list[str]:
-    """What is wrong with a compiled configuration: errors, spills, too much shared memory, missing tensor cores."""
+    """What is wrong with a compiled configuration: errors, spills, shared memory, tensor cores, lost rounding."""
     if found.error:
         return [f"does not compile: {found.error}"]
     wrong = []
@@ -80,6 +104,8 @@ def complaints(kernel: Kernel, config: Config, target: Target, found: Resources)
     rows = dict(config.tiles).get("BLOCK_M", 0)
     if kernel.products and rows >= 64 and not found.products:
         wrong.append(f"no tensor-core instruction at BLOCK_M={rows}")
+    if not kernel.fp_fusion and found.fused:
+        wrong.append(f"contracts {found.fused} products and sums that must be rounded one by one")
     return wrong
 
 

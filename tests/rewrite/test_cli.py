@@ -18,8 +18,9 @@ from transformers import BertConfig, LlamaConfig, PreTrainedConfig, T5Config, Vi
 import rewrite
 from rewrite import cli, progress
 from rewrite.cli import main
+from rewrite.codegen.kernels import aot
 
-COMMANDS = ["plan", "finetune", "diff", "report", "methods"]
+COMMANDS = ["plan", "finetune", "diff", "report", "methods", "kernels"]
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZES, vocab_size=50, num_key_value_heads=2, architectures=["LlamaForCausalLM"]),
@@ -279,6 +280,43 @@ def test_methods_describes_arguments(capsys: pytest.CaptureFixture[str]):
 
 def test_methods_suggests_the_nearest(capsys: pytest.CaptureFixture[str]):
     assert failed(capsys, "methods", "lorra") == "rewrite methods: unknown method 'lorra', did you mean 'lora'?\n"
+
+
+def test_kernels_prints_a_source(capsys: pytest.CaptureFixture[str]):
+    assert main(["kernels", "--source", "nf4_dequantise"]) == 0
+    source = capsys.readouterr().out
+    compile(source, "generated", "exec")
+    assert "@triton.jit\ndef kernel(" in source
+
+
+@pytest.mark.parametrize("argv", [["nf4_dequantize"], ["--source", "nf4_dequantize"]])
+def test_kernels_suggests_the_nearest(capsys: pytest.CaptureFixture[str], argv: list[str]):
+    expected = "rewrite kernels: unknown kernel 'nf4_dequantize', did you mean 'nf4_dequantise'?\n"
+    assert failed(capsys, "kernels", *argv) == expected
+
+
+def test_kernels_without_triton(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'triton==" in failed(capsys, "kernels")
+
+
+def test_kernels_shows_what_was_counted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    counted = [aot.Resources(registers=34 + i, spills=8 * i, shared=2048 * i) for i in range(99)]
+    monkeypatch.setattr(aot, "compile_all", lambda jobs: iter(counted[: len(jobs)]))
+    command = ["kernels", "nf4_dequantise", "--target", "sm_90"]
+    assert main(command) == 0
+    heading, _, row, *_ = capsys.readouterr().out.splitlines()
+    assert heading.split()[:4] == ["kernel", "target", "configs", "registers"]
+    count = int(row.split()[2])
+    assert row.split()[:9] == f"nf4_dequantise sm_90 {count} 34 / {33 + count} 0 / {8 * count - 8}".split()
+    assert main([*command, "--check", "--json", str(tmp_path / "kernels.json")]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines()[0].endswith("spills 8 bytes or accesses of local memory")
+    records = json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))
+    assert [record["registers"] for record in records] == [34 + i for i in range(count)]
 
 
 def test_interrupted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
