@@ -12,13 +12,32 @@ import torch
 from torch import fx
 
 from rewrite.passes.builder import example
-from rewrite.passes.operators import adapted_linear, add, clone, decode, inserted, linear, mul, narrow, pad, to
+from rewrite.passes.operators import (
+    adapted_linear,
+    adapted_row_norms,
+    add,
+    clone,
+    decode,
+    inserted,
+    linear,
+    mul,
+    narrow,
+    pad,
+    to,
+)
 from rewrite.passes.pattern import any_of
 from rewrite.passes.rule import rule
 
 expand = linear(any_of(mul("h", "s"), "h"), "B")
 branch = any_of(expand, pad(expand, "padding", "mode"))
 base = any_of(linear("x", "w", "b"), adapted_linear("x", "stored", "layout", "b", "hs", "Bs", "scales", "starts"))
+
+
+@rule(adapted_row_norms("weight", "layout", "A", "B", "scale", "squares"))
+def fuse_norms(r: Any, weight: Any, layout: Any, A: Any, B: Any, scale: Any, squares: Any) -> Any:
+    """adapted_row_norms([decode(stored)], A, B, s)  ->  adapted_row_norms(stored, A, B, s)"""
+    decoded = decode.arguments(weight[0].node) if layout == "dense" else None
+    return decoded and torch.ops.rewrite.adapted_row_norms(r.proxy(decoded[0]), decoded[1], A, B, scale, squares)
 
 
 @rule(linear("x", decode("stored", "layout"), "b"))
@@ -86,4 +105,4 @@ def _slice(h: fx.Node, x: fx.Node) -> tuple[int, int] | None:
     return part[2], part[2] + part[3]
 
 
-FUSE = (fuse_storage, fuse_branch, fuse_columns)
+FUSE = (fuse_norms, fuse_storage, fuse_branch, fuse_columns)

@@ -11,7 +11,8 @@ from torch import fx
 from torch._C import _nn  # type: ignore[attr-defined]  # where Dynamo finds F.linear and F.pad
 
 import rewrite.codegen.cross_entropy
-import rewrite.codegen.ops  # noqa: F401  (they define torch.ops.rewrite)
+import rewrite.codegen.ops
+import rewrite.codegen.row_norms  # noqa: F401  (they define torch.ops.rewrite)
 from rewrite.passes.pattern import Op
 
 aten = torch.ops.aten
@@ -51,6 +52,12 @@ adapted_linear = Op(
     ("x", "weight", "layout", "bias", "h", "B", "scale", "start", "skip"),
     torch.ops.rewrite.adapted_linear,
     torch.ops.rewrite.adapted_linear.default,
+)
+adapted_row_norms = Op(
+    "adapted_row_norms",
+    ("weight", "layout", "A", "B", "scale", "squares"),
+    torch.ops.rewrite.adapted_row_norms,
+    torch.ops.rewrite.adapted_row_norms.default,
 )
 
 

@@ -9,6 +9,7 @@ import sympy
 import torch
 from torch.utils._pytree import tree_map_only
 
+import rewrite.codegen.row_norms  # noqa: F401  (defines rewrite::adapted_row_norms)
 from rewrite.codegen.forms.algebra import Scaled, Sum
 from rewrite.codegen.forms.form import Form, cast
 from rewrite.codegen.forms.low_rank import LowRank
@@ -42,6 +43,12 @@ class Base(Form):
         y = self.y if x is self.x and self.y is not None else layer.product(x, self.W)
         return y if scale == 1.0 else y * scale
 
+    def __add__(self, other: Form) -> Form:
+        low_rank, scale = (other.form, other.factor) if isinstance(other, Scaled) else (other, 1.0)
+        if isinstance(low_rank, LowRank) and self.W.ndim == 2:
+            return Adapted((self, other), low_rank, scale)
+        return super().__add__(other)
+
     def squares(self) -> Any:
         norms = torch.linalg.vector_norm(self.W, dim=-1, dtype=_wide(self.W.dtype))
         return norms * norms
@@ -60,6 +67,19 @@ class Base(Form):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map_only(cls, lambda base: base.W, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Adapted(Sum):
+    """`W + scale * low_rank`: its row norms are one operator, since a kernel reads W once for all of them."""
+
+    low_rank: LowRank
+    scale: float
+
+    def row_norms(self) -> Any:
+        base, update = self.parts[0], self.low_rank
+        assert isinstance(base, Base)
+        return torch.ops.rewrite.adapted_row_norms([base.W], "dense", update.A, update.left, self.scale, None)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
