@@ -217,7 +217,7 @@ def replayed(step: Step, device: torch.device) -> Step:
 
 
 def error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest relative error of some tensors, norm of the difference over the norm; infinite where it is no number."""
+    """The largest relative error of some tensors, norm of the difference over the norm; infinite where one is none."""
     worst = 0.0
     for a, b in zip(found, expected, strict=True):
         if a.shape != b.shape:

@@ -225,7 +225,7 @@ def _output(
         V = W + SCALE * (own["B"] @ own["A"])
         return F.linear(x, (own["m"] / torch.linalg.vector_norm(V, dim=1).detach())[:, None] * V)
     y = F.linear(x, W)
-    if case.method == "multi":
+    if case.method == "multi" and own:
         updates = [SCALE * F.linear(F.linear(x[r : r + 1], own[f"A{k}"]), own[f"B{k}"]) for r, k in enumerate(adapters)]
         return y + torch.cat(updates)
     if "D" in own:
