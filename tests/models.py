@@ -173,7 +173,7 @@ def disturb(model: nn.Module, amount: float = 0.1, seed: int = 2) -> nn.Module:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 noise = torch.randn(parameter.shape, generator=g, dtype=torch.float64)
-                parameter.add_(noise.to(parameter.dtype), alpha=amount)
+                parameter.add_(noise.to(parameter), alpha=amount)
     return model
 
 
