@@ -34,3 +34,13 @@ def of_device(index: int) -> Target:
     """The target that a CUDA device is, by its own count of shared memory."""
     found = torch.cuda.get_device_properties(index)
     return Target(found.major * 10 + found.minor, found.shared_memory_per_block_optin)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs a device runs at once, at one on each multiprocessor; 4 under the interpreter."""
+    return _multiprocessors(device.index or 0) if device.type == "cuda" else 4
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count

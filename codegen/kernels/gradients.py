@@ -1,0 +1,160 @@
+"""Gradients of a low-rank branch on a GPU: both from one read of dy, and the same bits in every run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rewrite.codegen.kernels.kernel import Config, Kernel, triton_type
+from rewrite.codegen.kernels.products import HALVES, NARROW, padded, row_stride
+from rewrite.codegen.kernels.target import Target, multiprocessors
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class LowRankGradients(Kernel):
+    """dh_parts[j] = dy_j B_j and dB_parts[i] = dy_i' h_i, for the blocks of columns j and of rows i of dy
+
+    No atomics: every program stores parts of its own, which `SumOfParts` adds up in order.
+    """
+
+    N: int
+    rank: int
+    width: int
+    """Columns of dy that a program has."""
+    dy_row: int
+    h_row: int
+    B_row: int
+    dtype: torch.dtype
+
+    name = "low_rank_gradients"
+    applies = "dh and dB of a branch, where dy is too large for the L2 cache"
+    cpu = "ATen: two products"
+    products = True
+
+    def supports(self) -> str | None:
+        if self.dtype not in HALVES:
+            return f"{str(self.dtype).removeprefix('torch.')}: cuBLAS is faster"
+        if self.rank > NARROW or 0 in (self.rank, self.N):
+            return f"rank {self.rank}, not in 1 ... {NARROW}"
+        return None
+
+    def arguments(self) -> Mapping[str, str]:
+        of = f"*{triton_type(self.dtype)}"
+        parts = {"dh_parts": "*fp32", "dB_parts": "*fp32"}
+        return {"dy": of, "h": of, "B": of, **parts, "M": "i32", "chunk": "i32"}
+
+    def names(self) -> dict[str, Any]:
+        precision = ', input_precision="ieee"' if self.dtype == torch.float32 else ""
+        return {**super().names(), "padded": padded(self.rank), "precision": precision}
+
+    def space(self, target: Target) -> Sequence[Config]:
+        return [Config.of(warps=8, stages=3, BLOCK_M=64), Config.of(warps=8, stages=3, BLOCK_M=32)]
+
+    def shared(self, config: Config) -> int:
+        rows, width, rank = config["BLOCK_M"], self.width, padded(self.rank)
+        loop = config.stages * rows * (width + rank) + width * rank
+        return loop * self.dtype.itemsize + rows * rank * 4
+
+    def grid(self, config: Config, **sizes: int) -> tuple[int, ...]:
+        return (-(-self.N // self.width), -(-sizes["M"] // sizes["chunk"]))
+
+
+@dataclass(frozen=True)
+class SumOfParts(Kernel):
+    """out = scale * (parts[0] + parts[1] + ...), in float32 and always in this order, for one or two outputs"""
+
+    sums: int
+    scale: float
+    dtype: torch.dtype
+
+    name = "sum_of_parts"
+    applies = "after kernels that split a sum over their programs"
+    cpu = "not needed"
+
+    def supports(self) -> str | None:
+        return None
+
+    def arguments(self) -> Mapping[str, str]:
+        out, each = f"*{triton_type(self.dtype)}", range(self.sums)
+        tensors = {name + str(i): of for i in each for name, of in (("parts", "*fp32"), ("out", out))}
+        return {**tensors, **{f"{name}{i}": "i32" for i in each for name in ("count", "elements")}}
+
+    def space(self, target: Target) -> Sequence[Config]:
+        return [Config.of(warps=4, stages=1, BLOCK=256)]
+
+    def grid(self, config: Config, **sizes: int) -> tuple[int, ...]:
+        return (sum(-(-sizes[f"elements{i}"] // config["BLOCK"]) for i in range(self.sums)),)
+
+
+STEP = 64
+"""Rows that a program takes at once, at most."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """How dy (M, N) is split: columns and rows of a program."""
+
+    width: int
+    chunk: int
+
+    def parts(self, M: int, N: int) -> tuple[int, int]:
+        """Blocks of columns, and of rows."""
+        return -(-N // self.width), -(-M // self.chunk)
+
+    @classmethod
+    def of(cls, M: int, N: int, rank: int, programs: int) -> Split:
+        """The split that keeps so many programs busy and stores the fewest parts."""
+        return min(
+            (cls._wide(M, N, width, programs) for width in (512, 256, 128) if width * padded(rank) <= 512 * 32),
+            key=lambda split: split.traffic(M, N, rank),
+        )
+
+    @classmethod
+    def _wide(cls, M: int, N: int, width: int, programs: int) -> Split:
+        splits = max(1, programs // -(-N // width))
+        return cls(width, max(-(-M // (splits * STEP)), 1) * STEP)
+
+    def traffic(self, M: int, N: int, rank: int) -> int:
+        """Bytes of the parts, written and read."""
+        columns, rows = self.parts(M, N)
+        return 8 * rank * (M * columns + N * rows)
+
+
+def kernel_of(dy: Tensor, h: Tensor, B: Tensor, split: Split) -> LowRankGradients:
+    """The kernel for matrices dy (M, N), h (M, r) and B (N, r), the elements of a row side by side."""
+    return LowRankGradients(
+        dy.shape[1], h.shape[1], split.width, row_stride(dy), row_stride(h), row_stride(B), dy.dtype
+    )
+
+
+def low_rank_gradients(
+    dy: Tensor, h: Tensor, B: Tensor, scale: float, split: Split | None = None
+) -> tuple[Tensor, Tensor]:
+    """`(scale * dy B, scale * dy' h)` from one read of dy: dy (M, N), h (M, r), B (N, r) -> (M, r), (N, r)."""
+    (M, N), rank = dy.shape, h.shape[1]
+    split = split or Split.of(M, N, rank, multiprocessors(dy.device))
+    columns, rows = split.parts(M, N)
+    dh_parts = dy.new_empty(columns, M, rank, dtype=torch.float32)
+    dB_parts = dy.new_empty(rows, N, rank, dtype=torch.float32)
+    kernel_of(dy, h, B, split).launch(dy, h, B, dh_parts, dB_parts, M=M, chunk=split.chunk)
+    dh, dB = dy.new_empty(M, rank), dy.new_empty(N, rank)
+    SumOfParts(2, scale, dy.dtype).launch(
+        dh_parts, dh, dB_parts, dB, count0=columns, elements0=M * rank, count1=rows, elements1=N * rank
+    )
+    return dh, dB
+
+
+EXAMPLES = (
+    *(
+        LowRankGradients(N, rank, Split.of(8192, N, rank, 132).width, N, rank, rank, torch.bfloat16)
+        for N, rank in ((1024, 16), (4096, 8), (4096, 32), (14336, 16), (14336, 64))
+    ),
+    LowRankGradients(1024, 16, 256, 6144, 48, 16, torch.float16),  # a slice of dy of fused q, k and v
+    SumOfParts(2, 2.0, torch.bfloat16),
+    SumOfParts(1, 1.0, torch.bfloat16),
+)
