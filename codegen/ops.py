@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-import rewrite.codegen.weights  # noqa: F401  (defines rewrite::low_rank_weight)
+import rewrite.codegen.branches
+import rewrite.codegen.weights  # noqa: F401  (they define rewrite::low_rank_gradients, low_rank_weight)
 from rewrite.codegen import routes
 from rewrite.codegen.activations import coarse_activation
 from rewrite.codegen.storage import layout as parse_layout
@@ -161,12 +162,20 @@ def _core_backward(ctx, dy):
     dh, dB = [], []
     for hi, Bi, si, at in zip(h, B, ctx.scale, ctx.start, strict=True):
         part = dy if Bi.shape[0] == dy.shape[-1] else dy[..., at : at + Bi.shape[0]]
-        # Scaled after the product: `B * s` and `h * s` would depend on the forward alone, and be saved for it.
-        dh.append(_scaled(part @ Bi, si) if any(_flat(need_h)) else None)
-        dB.append(_scaled(part.flatten(0, -2).t() @ hi.flatten(0, -2), si) if any(_flat(need_B)) else None)
+        low, high = _branch_gradients(part, hi, Bi, si, any(_flat(need_h)), any(_flat(need_B)))
+        dh.append(low)
+        dB.append(high)
     # autograd takes an empty list of numbers for one of tensors
     rest, skipped = (None if numbers else [] for numbers in (branches, ctx.skip))
     return dx, [None] * weights, None, dbias, dh, dB, rest, rest, skipped
+
+
+def _branch_gradients(dy, h, B, scale, need_h, need_B):
+    if need_h and need_B:
+        return torch.ops.rewrite.low_rank_gradients(dy, h, B, scale)
+    # Scaled after the product: `B * s` and `h * s` would depend on the forward alone, and be saved for it.
+    dh = _scaled(dy @ B, scale) if need_h else None
+    return dh, _scaled(dy.flatten(0, -2).t() @ h.flatten(0, -2), scale) if need_B else None
 
 
 def _scaled(t: Tensor, scale: float) -> Tensor:

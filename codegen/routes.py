@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
+from rewrite.codegen.kernels import linear
+
 Tensor = torch.Tensor
 
 
@@ -34,7 +36,7 @@ class Route(Protocol):
         ...
 
 
-ROUTES: dict[str, tuple[Route, ...]] = {"cpu": (), "cuda": ()}
+ROUTES: dict[str, tuple[Route, ...]] = {"cpu": (), "cuda": (linear,)}
 """The routes of each type of device; the first that supports a product computes it."""
 
 

@@ -132,6 +132,27 @@ def kernel_of(dy: Tensor, h: Tensor, B: Tensor, split: Split) -> LowRankGradient
     )
 
 
+LARGE = 4 << 20
+"""Bytes of dy from which one read of it is worth two launches; below, products in the L2 cache are as fast."""
+
+
+def supports(dy: Tensor, h: Tensor, B: Tensor) -> str | None:
+    """Why two products are taken instead, or None."""
+    if any(t.dtype != dy.dtype for t in (h, B)):
+        return "operands of several dtypes"
+    if any(t.shape[1] > 1 and t.stride(1) != 1 for t in (dy, h, B)):
+        return "rows with gaps between their elements"
+    (M, N), rank = dy.shape, h.shape[1]
+    if (reason := kernel_of(dy, h, B, Split(128, STEP)).supports()) is not None:
+        return reason
+    if dy.nbytes < LARGE:
+        return f"dy of {dy.nbytes:,} bytes"
+    split = Split.of(M, N, rank, multiprocessors(dy.device))
+    if split.traffic(M, N, rank) > 0.75 * dy.nbytes:
+        return f"rank {rank}: the parts would take {split.traffic(M, N, rank):,} bytes beside a dy of {dy.nbytes:,}"
+    return None
+
+
 def low_rank_gradients(
     dy: Tensor, h: Tensor, B: Tensor, scale: float, split: Split | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -141,9 +141,11 @@ def _chosen(
     if device is None or device.type != "cuda":  # interpreted: every configuration computes the same
         return kernel.space(_INTERPRETED)[0]
     configs = _legal(kernel, device.index or 0)
+    default = kernel.choose(configs, **sizes)
     if not tune.wanted():
-        return kernel.choose(configs, **sizes)
-    return tune.fastest(kernel, device, tuple(sizes.values()), configs, run)
+        return default
+    key = kernel, device, tuple(size.bit_length() for size in sizes.values())  # shared up to a factor of two
+    return tune.fastest(key, configs, run, default)
 
 
 _INTERPRETED = Target(90, 232_448)

@@ -1,4 +1,4 @@
-"""Sums of products on a GPU, one pass over the output: a base product with its low-rank branches, or several products."""
+"""Sums of products on a GPU in one pass over the output: a base product and its branches, or several products."""
 
 from __future__ import annotations
 
@@ -88,11 +88,12 @@ class SumOfProducts(Kernel):
     def arguments(self) -> Mapping[str, str]:
         of = f"*{triton_type(self.dtype)}"
         operands = {f"{name}{i}": of for i in range(len(self.terms)) for name in "ab"}
-        return {**operands, **({"bias": of} if self.bias else {}), "out": of, "M": "i32", **dict.fromkeys(self.lengths, "i32")}
+        bias = {"bias": of} if self.bias else {}
+        return {**operands, **bias, "out": of, **dict.fromkeys(self.lengths, "i32"), "M": "i32"}
 
     @property
     def lengths(self) -> dict[str, int]:
-        """The lengths of the loops, arguments of the kernel after M."""
+        """The lengths of the loops, which are arguments of the kernel."""
         return {f"size_{i}": term.size for i, term in enumerate(self.terms) if term.size > NARROW}
 
     def names(self) -> dict[str, Any]:

@@ -1,17 +1,15 @@
-"""Autotuning: the configurations of a kernel timed on the device at hand, once for each size, when asked for."""
+"""Autotuning: configurations and routes timed on the device at hand, once for each size, when asked for."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
-if TYPE_CHECKING:
-    from rewrite.codegen.kernels.kernel import Config, Kernel
-
-_found: dict[tuple[Any, ...], Any] = {}
+T = TypeVar("T")
+_found: dict[Hashable, Any] = {}
 
 
 def wanted() -> bool:
@@ -23,29 +21,22 @@ def wanted() -> bool:
     return bool(config.max_autotune)
 
 
-def fastest(
-    kernel: Kernel,
-    device: torch.device,
-    sizes: Sequence[int],
-    configs: Sequence[Config],
-    run: Callable[[Config], None],
-) -> Config:
-    """The configuration that ran fastest on the arguments at hand; sizes share a choice up to a factor of two."""
-    key = (kernel, device, tuple(size.bit_length() for size in sizes))
+def fastest(key: Hashable, choices: Sequence[T], run: Callable[[T], object], default: T) -> T:
+    """The choice that ran fastest on the arguments at hand, timed once for each key; the default during a capture."""
     if key not in _found:
         if torch.cuda.is_current_stream_capturing():  # nothing can be timed in there
-            return kernel.choose(configs)
-        _found[key] = min(configs, key=lambda config: _milliseconds(run, config))
+            return default
+        _found[key] = min(choices, key=lambda choice: _milliseconds(lambda: run(choice)))
     return _found[key]
 
 
-def _milliseconds(run: Callable[[Config], None], config: Config) -> float:
+def _milliseconds(run: Callable[[], object]) -> float:
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
     from triton.testing import do_bench
 
     try:
-        found: Any = do_bench(lambda: run(config), warmup=5, rep=20, return_mode="median")
+        found: Any = do_bench(run, warmup=5, rep=20, return_mode="median")
         return float(found)
     except (OutOfResources, PTXASError, CompilationError, RuntimeError):
         return float("inf")

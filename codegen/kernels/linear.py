@@ -1,0 +1,129 @@
+"""The route of dense adapted layers on a GPU: one pass over the output, where it beats cuBLAS and addmm_ in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from rewrite.codegen.kernels import tune
+from rewrite.codegen.kernels.products import FULL, NARROW, SumOfProducts, Term
+
+Tensor = torch.Tensor
+
+FLOPS, BANDWIDTH = 790e12, 2.4e12
+"""What cuBLAS reaches in a large product of bfloat16 on an H100, and bytes a second of its addmm_ of a small rank."""
+EFFICIENCY = 0.85
+"""Of cuBLAS, what the generated product is expected to reach before anything was timed."""
+
+
+class Sum:
+    """`sum of scale_i * a_i b_i + bias`: a_i (M, k_i), b_i (k_i, width) in the columns from start_i on, of N.
+
+    The first product has all columns.
+    """
+
+    def __init__(
+        self,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        scale: Sequence[float],
+        start: Sequence[int],
+        bias: Tensor | None = None,
+    ) -> None:
+        self.a = [t if t.shape[1] == 1 or t.stride(1) == 1 else t.contiguous() for t in a]
+        self.b, self.scale, self.start, self.bias = list(b), scale, start, bias
+        self.M, self.N = a[0].shape[0], b[0].shape[1]
+
+    def kernel(self) -> SumOfProducts:
+        widths = [bi.shape[1] if bi.shape[1] < self.N else 0 for bi in self.b]
+        terms = map(Term.of, self.a, self.b, self.scale, self.start, widths)
+        return SumOfProducts(self.N, tuple(terms), self.bias is not None, self.a[0].dtype)
+
+    def supports(self) -> str | None:
+        """Why there is no kernel for this sum, or None."""
+        dtype = self.a[0].dtype
+        if any(t.dtype != dtype for t in (*self.a, *self.b)) or (self.bias is not None and self.bias.dtype != dtype):
+            return "operands of several dtypes"
+        if self.M == 0:
+            return "no rows"
+        return self.kernel().supports()
+
+    def fused(self, out: Tensor) -> None:
+        """By the kernel, into out (M, N), contiguous."""
+        kernel = self.kernel()
+        bias = [] if self.bias is None else [self.bias]
+        pairs = [t for pair in zip(self.a, self.b, strict=True) for t in pair]
+        kernel.launch(*pairs, *bias, out, *kernel.lengths.values(), M=self.M)
+
+    def accumulated(self, out: Tensor) -> None:
+        """By cuBLAS: the first product, then each of the others added in place."""
+        if self.bias is None:
+            torch.mm(self.a[0], self.b[0], out=out)
+        else:
+            torch.addmm(self.bias, self.a[0], self.b[0], out=out)
+        for a, b, scale, at in zip(self.a[1:], self.b[1:], self.scale[1:], self.start[1:], strict=True):
+            part = out if b.shape[1] == self.N else out[:, at : at + b.shape[1]]
+            part.addmm_(a, b, alpha=scale)
+
+    def slower(self) -> str | None:
+        """Why the kernel is not expected to beat cuBLAS, or None: what it saves is the traffic of later products."""
+        if self.M * self.N < FULL * 128 * 128:
+            return f"{self.M} x {self.N} outputs: too few for tiles of 128 x 128 on every multiprocessor"
+        product = sum(2 * self.M * a.shape[1] * b.shape[1] for a, b in zip(self.a, self.b, strict=True)) / FLOPS
+        traffic = sum(2 * self.M * b.shape[1] for b in self.b[1:]) * self.a[0].itemsize / BANDWIDTH
+        needed = product / (product + traffic)
+        if needed <= EFFICIENCY:
+            return None
+        return (
+            f"cuBLAS and addmm_ are faster than a generated product at {EFFICIENCY:.2f} of cuBLAS (needs {needed:.2f})"
+        )
+
+    def key(self) -> tuple[Any, ...]:
+        return self.kernel(), self.a[0].device, self.M.bit_length()
+
+
+def into(out: Tensor, total: Sum) -> None:
+    """Compute a sum that the kernel supports by the faster of its two ways: timed, or expected."""
+    ways: dict[str, Callable[[Tensor], None]] = {"cuBLAS": total.accumulated, "fused": total.fused}
+    chosen = "fused" if total.slower() is None else "cuBLAS"
+    if out.device.type == "cuda" and tune.wanted():
+        chosen = tune.fastest(total.key(), list(ways), lambda way: ways[way](out), chosen)
+    ways[chosen](out)
+
+
+def _sum(x: Tensor, weight: Sequence[Tensor], bias: Any, h: Any, B: Any, scale: Any, start: Any) -> Sum:
+    a = [t.reshape(-1, t.shape[-1]) for t in (x, *h)]
+    return Sum(a, [t.t() for t in (weight[0], *B)], [1.0, *scale], [0, *start], bias)
+
+
+def supports_product(x: Tensor, weight: Sequence[Tensor], layout: str, *rest: Any) -> str | None:
+    """Why this route leaves a product to the next one, or None."""
+    bias, h, B, scale, start, skip = rest
+    if layout != "dense" or skip:
+        return "columns of the weight are left out" if layout == "dense" else f"the weight is stored as {layout}"
+    if not h:
+        return "no branch"
+    if x.numel() == 0 or x.shape[-1] <= NARROW:
+        return f"{x.numel() // max(x.shape[-1], 1)} rows of {x.shape[-1]} values"
+    total = _sum(x, weight, bias, h, B, scale, start)
+    return total.supports() or (None if tune.wanted() else total.slower())
+
+
+def product(x: Tensor, weight: Sequence[Tensor], layout: str, *rest: Any) -> Tensor:
+    """`x W' + bias + sum of scale * h B'`, (..., d_out), in one pass over it."""
+    bias, h, B, scale, start, _ = rest
+    out = x.new_empty(*x.shape[:-1], weight[0].shape[0])
+    into(out.view(-1, out.shape[-1]), _sum(x, weight, bias, h, B, scale, start))
+    return out
+
+
+def supports_input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> str | None:
+    """Why this route leaves an input gradient to the next one: a single product is cuBLAS's."""
+    return "one product: cuBLAS"
+
+
+def input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> Tensor:
+    """`dy W`, (..., d_in)."""
+    return torch.matmul(dy, weight[0])
