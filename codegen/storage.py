@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from rewrite.codegen import nf4
+from rewrite.codegen.kernels import nf4 as nf4_kernels
 
 Tensor = torch.Tensor
 
@@ -48,6 +49,8 @@ class Nf4:
     blocksize: int = 64
 
     def decode(self, *stored: Tensor) -> Tensor:
+        if (weight := nf4_kernels.decoded(stored, self.shape, self.dtype, self.blocksize)) is not None:
+            return weight
         codes, absmax, *nested = stored
         if nested:
             absmax = nf4.dequantize_absmax(absmax, *nested)

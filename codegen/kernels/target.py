@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -44,3 +45,15 @@ def multiprocessors(device: torch.device) -> int:
 @functools.cache
 def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@functools.cache
+def unusable(device: torch.device) -> str | None:
+    """Why generated kernels do not run on a device, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cuda" and torch.version.hip:
+        return "kernels are generated for NVIDIA's GPUs"
+    if device.type == "cuda" and (found := of_device(device.index or 0)).capability < SM80.capability:
+        return f"kernels are generated for {SM80.name} and later, this is {found.name}"
+    return None

@@ -14,6 +14,5 @@ def test_dequantises_bit_for_bit(shape, nested, dtype, device):
     packed = nf4.Nf4Tensors.from_weight(torch.randn(shape, device=device), 64, nested)
     out = torch.full(shape, float("nan"), dtype=dtype, device=device)
     scales = [packed.nested.absmax, packed.nested.code, packed.nested.offset] if nested else []
-    code = torch.tensor(nf4.CODE, device=device)
-    Nf4Dequantise(out.numel(), 64, nested, dtype).launch(packed.codes, packed.absmax, *scales, code, out)
+    Nf4Dequantise(out.numel(), 64, nested, dtype).launch(packed.codes, packed.absmax, *scales, out)
     assert torch.equal(out, packed.dequantize(dtype))

@@ -1,0 +1,211 @@
+"""Products with NF4 weights of few rows on a GPU: tiles of the weight are decoded on their way to the tensor cores."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rewrite.codegen import nf4, storage
+from rewrite.codegen.kernels.gradients import SumOfParts
+from rewrite.codegen.kernels.kernel import Config, Kernel, triton_type
+from rewrite.codegen.kernels.nf4 import stored_types, unreadable
+from rewrite.codegen.kernels.products import HALVES, NARROW, Term
+from rewrite.codegen.kernels.target import SM90, Target, multiprocessors, of_device
+
+Tensor = torch.Tensor
+
+FUSED_ROWS = 256
+"""Rows up to which a product decodes as it goes.
+
+Every 128 rows decode the weight again, at nine instructions an element; once, and read by cuBLAS, it costs the writing
+and reading of two bytes an element.  Counted for an H100, the two meet between 256 and 1024 rows.
+"""
+CHUNK = 128
+"""A sum is split at multiples of so many terms, whatever the tiles are."""
+CHUNKS = 4
+"""Chunks of a sum that a program has at least: fewer do not fill its pipeline."""
+
+
+@dataclass(frozen=True)
+class Nf4Linear(Kernel):
+    """y = x W' + sum of scale h B' + bias, or dx = dy W; W = CODE[codes] * absmax of its block, as it is decoded whole
+
+    Summed in float32.  `splits` parts of the sum are computed by programs of their own, and left for another kernel.
+    """
+
+    N: int
+    K: int
+    blocksize: int
+    nested: bool
+    gradient: bool
+    dtype: torch.dtype
+    weight: torch.dtype
+    bias: bool = False
+    terms: tuple[Term, ...] = ()
+    splits: int = 1
+
+    name = "nf4_linear"
+    applies = f"NF4 layers of up to {FUSED_ROWS} rows, forward and input gradient"
+    cpu = "C++, codegen/cpu"
+    products = True
+    fp_fusion = False  # nested scales: a product and a sum, rounded one after the other
+
+    def supports(self) -> str | None:
+        if self.dtype not in HALVES:
+            return f"{str(self.dtype).removeprefix('torch.')} products: the weight is decoded whole"
+        if self.K % self.blocksize:
+            return f"rows of {self.K} weights are not made of whole blocks of {self.blocksize}"
+        if self.N * self.K >= 2**32 or 0 in (self.N, self.K):
+            return f"{self.N} x {self.K} weights"
+        if any(not 0 < term.size <= NARROW for term in self.terms):
+            return f"a branch of rank {max(term.size for term in self.terms)}, more than {NARROW}"
+        return None
+
+    @property
+    def width(self) -> int:
+        """Columns of the result."""
+        return self.K if self.gradient else self.N
+
+    @property
+    def length(self) -> int:
+        """Terms of its sums."""
+        return self.N if self.gradient else self.K
+
+    def names(self) -> dict[str, Any]:
+        weight = {torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}.get(self.weight, "tl.float32")
+        return {**super().names(), "weight_dtype": weight, "code": nf4.CODE, "chunk": CHUNK}
+
+    def arguments(self) -> Mapping[str, str]:
+        of = f"*{triton_type(self.dtype)}"
+        return {
+            "x": of,
+            **stored_types(self.nested),
+            **({"bias": of} if self.bias else {}),
+            **{f"{name}{i}": of for i in range(len(self.terms)) for name in "hB"},
+            "out": "*fp32" if self.splits > 1 else of,
+            "M": "i32",
+            "chunks": "i32",
+        }
+
+    def space(self, target: Target) -> Sequence[Config]:
+        few = {"BLOCK_OUT": 128, "BLOCK_SUM": 64} if self.gradient else {"BLOCK_OUT": 64, "BLOCK_SUM": 128}
+        return [
+            Config.of(warps=4, stages=4, BLOCK_M=16, **few),
+            Config.of(warps=4, stages=4, BLOCK_M=32, **few),
+            Config.of(warps=4, stages=3, BLOCK_M=64, **few),
+            Config.of(warps=8, stages=3, BLOCK_M=128, BLOCK_OUT=128, BLOCK_SUM=64),
+        ]
+
+    def shared(self, config: Config) -> int:
+        m, out, length = config["BLOCK_M"], config["BLOCK_OUT"], config["BLOCK_SUM"]
+        return config.stages * (2 * m * length + out * length // 2) + 2 * out * length
+
+    def grid(self, config: Config, **sizes: int) -> tuple[int, ...]:
+        return (-(-self.width // config["BLOCK_OUT"]), -(-sizes["M"] // config["BLOCK_M"]), self.splits)
+
+    def choose(self, configs: Sequence[Config], **sizes: int) -> Config:
+        """The least rows that hold all of M, or the most that there are."""
+        return min(configs, key=lambda c: (-(-sizes["M"] // c["BLOCK_M"]), c["BLOCK_M"]))
+
+
+def supports_product(x: Tensor, weight: Sequence[Tensor], layout: str, *rest: Any) -> str | None:
+    """Why the product of `rewrite::adapted_linear_core` is not one of few rows with an NF4 weight, or None."""
+    if reason := _unsuitable(x, weight, layout):
+        return reason
+    bias, h, B, *_ = rest
+    if any(t.dtype != x.dtype for t in (*h, *B, *([] if bias is None else [bias]))):
+        return f"branches or a bias of another dtype than {x.dtype}"
+    return _product_kernel(x, weight, layout, *rest)[0].supports()
+
+
+def product(x: Tensor, weight: Sequence[Tensor], layout: str, *rest: Any) -> Tensor:
+    """`x W' + bias + sum of scale * h B'`, (..., d_out), decoding tiles of W on their way."""
+    kernel, extra = _product_kernel(x, weight, layout, *rest)
+    return _run(kernel, x, weight, extra)
+
+
+def supports_input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> str | None:
+    """Why the gradient of `rewrite::linear_input_gradient` is not one of few rows with an NF4 weight, or None."""
+    return _unsuitable(dy, weight, layout) or _kernel(dy, weight, layout, gradient=True).supports()
+
+
+def input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> Tensor:
+    """`dy W`, (..., d_in), decoding tiles of W on their way."""
+    return _run(_kernel(dy, weight, layout, gradient=True), dy, weight, [])
+
+
+def _unsuitable(x: Tensor, weight: Sequence[Tensor], layout: str) -> str | None:
+    if not layout.startswith("nf4:"):
+        return "not an NF4 weight"
+    if math.prod(x.shape[:-1]) > FUSED_ROWS:
+        return f"more than {FUSED_ROWS} rows: the weight is decoded once for all of them"
+    if x.device != weight[0].device:
+        return f"x on {x.device}, the weight on {weight[0].device}"
+    stored: Any = storage.layout(layout)
+    return unreadable(weight, math.prod(stored.shape), stored.blocksize)
+
+
+def _kernel(x: Tensor, weight: Sequence[Tensor], layout: str, gradient: bool, **rest: Any) -> Nf4Linear:
+    stored: Any = storage.layout(layout)
+    N, K = stored.shape
+    return Nf4Linear(N, K, stored.blocksize, len(weight) > 2, gradient, x.dtype, stored.dtype, **rest)
+
+
+def _product_kernel(
+    x: Tensor, weight: Sequence[Tensor], layout: str, bias: Any, h: Any, B: Any, scale: Any, start: Any, skip: Any
+) -> tuple[Nf4Linear, list[Tensor]]:
+    """The kernel of a product, and its tensors after the weight."""
+    rows = [t.reshape(-1, t.shape[-1]) for t in h]
+    rows = [t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous() for t in rows]
+    B = [t.contiguous() for t in B]
+    each = zip(rows, B, scale, start, strict=True)
+    terms = tuple(Term.of(hi, Bi.t(), float(si), int(at), Bi.shape[0]) for hi, Bi, si, at in each)
+    kernel = _kernel(x, weight, layout, gradient=False, bias=bias is not None, terms=terms)
+    return kernel, [*([] if bias is None else [bias.contiguous()]), *(t for pair in zip(rows, B) for t in pair)]
+
+
+def _run(kernel: Nf4Linear, x: Tensor, weight: Sequence[Tensor], extra: Sequence[Tensor]) -> Tensor:
+    """Launch a product, its sum split where there are too few tiles for the device."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    M, out = rows.shape[0], x.new_empty(*x.shape[:-1], kernel.width)
+    if not M:
+        return out
+    splits, chunks = split(kernel, M, x.device)
+    kernel = dataclasses.replace(kernel, splits=splits)
+    parts = out if splits == 1 else x.new_empty(splits, M, kernel.width, dtype=torch.float32)
+    kernel.launch(rows, *weight, *extra, parts, M=M, chunks=chunks)
+    if splits > 1:
+        SumOfParts(1, 1.0, x.dtype).launch(parts, out, count0=splits, elements0=out.numel())
+    return out
+
+
+def split(kernel: Nf4Linear, M: int, device: torch.device) -> tuple[int, int]:
+    """Parts of the sums, so that two programs are there for each multiprocessor, and the chunks of each part."""
+    tiles = math.prod(kernel.grid(kernel.choose(kernel.configs(_target(device)), M=M), M=M)) // kernel.splits
+    chunks = -(-kernel.length // CHUNK)
+    each = -(-chunks // max(1, min(2 * multiprocessors(device) // tiles, chunks // CHUNKS)))
+    return -(-chunks // each), each
+
+
+def _target(device: torch.device) -> Target:
+    return of_device(device.index or 0) if device.type == "cuda" else SM90
+
+
+def _examples() -> tuple[Nf4Linear, ...]:
+    bf16 = torch.bfloat16
+    shape = {"blocksize": 64, "nested": True, "dtype": bf16, "weight": bf16}
+    branch = Term(16, 16, 1, 16, 2.0, 0, 4096)
+    return (
+        Nf4Linear(4096, 4096, gradient=False, terms=(branch,), splits=4, **shape),
+        Nf4Linear(4096, 4096, gradient=True, splits=4, **shape),
+        Nf4Linear(14336, 4096, gradient=False, bias=True, **shape),
+        Nf4Linear(4096, 14336, 32, False, True, torch.float16, bf16),
+    )
+
+
+EXAMPLES = _examples()
