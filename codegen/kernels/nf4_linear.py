@@ -166,7 +166,8 @@ def _product_kernel(
     each = zip(rows, B, scale, start, strict=True)
     terms = tuple(Term.of(hi, Bi.t(), float(si), int(at), Bi.shape[0]) for hi, Bi, si, at in each)
     kernel = _kernel(x, weight, layout, gradient=False, bias=bias is not None, terms=terms)
-    return kernel, [*([] if bias is None else [bias.contiguous()]), *(t for pair in zip(rows, B) for t in pair)]
+    branches = [t for pair in zip(rows, B, strict=True) for t in pair]
+    return kernel, [*([] if bias is None else [bias.contiguous()]), *branches]
 
 
 def _run(kernel: Nf4Linear, x: Tensor, weight: Sequence[Tensor], extra: Sequence[Tensor]) -> Tensor:

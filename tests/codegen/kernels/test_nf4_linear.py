@@ -39,7 +39,7 @@ def test_few_rows(M, nested, device):
 @pytest.mark.parametrize("blocksize", nf4.BLOCKSIZES)
 @pytest.mark.parametrize("dtype", HALF)
 def test_blocks_of_every_size(blocksize, dtype, device):
-    shape = (40, 3 * blocksize if blocksize < 512 else blocksize)
+    shape = (20, max(160, blocksize) // blocksize * blocksize)
     stored_, layout, w = stored(shape, device, blocksize, dtype=dtype)
     x, dy = (torch.randn(2, 3, size, device=device).to(dtype) for size in (shape[1], shape[0]))
     y = nf4_linear.product(x, stored_, layout, None, [], [], [], [], [])
@@ -51,8 +51,8 @@ def test_blocks_of_every_size(blocksize, dtype, device):
 def test_the_weight_is_decoded_bit_for_bit(splits, device, monkeypatch):
     """Rows of the identity pick out weights, and no sum rounds them."""
     monkeypatch.setattr(nf4_linear, "split", lambda kernel, M, device: (splits, -(-3 // splits)))
-    stored_, layout, w = stored((150, 288), device)
-    for size, function, expected in ((288, nf4_linear.product, w.t()), (150, nf4_linear.input_gradient, w)):
+    stored_, layout, w = stored((70, 288), device)
+    for size, function, expected in ((288, nf4_linear.product, w.t()), (70, nf4_linear.input_gradient, w)):
         rest = (None, [], [], [], [], []) if function is nf4_linear.product else ()
         found = function(torch.eye(size, device=device).bfloat16(), stored_, layout, *rest)
         assert torch.equal(found.double(), expected)
@@ -90,7 +90,7 @@ def test_reasons(device):
         return nf4_linear.supports_product(x, stored_, layout, bias, h, B, [1.0] * len(h), [0] * len(h), [])
 
     assert reason() is None
-    assert "dense" in (reason(layout="dense") or "") or "not an NF4 weight" in (reason(layout="dense") or "")
+    assert reason(layout="dense") == "not an NF4 weight"
     assert "float32 products" in (reason(x=x.float()) or "")
     assert "rows" in (reason(x=x.expand(200, 3, 96)) or "")
     assert "float64" in (reason(stored_=[stored_[0], stored_[1], stored_[2].double(), *stored_[3:]]) or "")
