@@ -257,5 +257,5 @@ def _input_gradient_workspace(dy, weight, layout) -> int:
 
 
 def _decoded(weight: Sequence[Tensor], layout: str, dtype: torch.dtype) -> int:
-    """Bytes of a stored weight while it is decoded for a product."""
+    """Bytes of a stored weight while it is decoded for a product; routes that do not form it take no more."""
     return 0 if layout == "dense" else torch.Size(parse_layout(layout).shape).numel() * dtype.itemsize  # type: ignore[attr-defined]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from rewrite.codegen import nf4, storage
+from rewrite.codegen.kernels import tune
 from rewrite.codegen.kernels.gradients import SumOfParts
 from rewrite.codegen.kernels.kernel import Config, Kernel, triton_type
 from rewrite.codegen.kernels.nf4 import stored_types, unreadable
@@ -19,8 +21,8 @@ from rewrite.codegen.kernels.target import SM90, Target, multiprocessors, of_dev
 
 Tensor = torch.Tensor
 
-FUSED_ROWS = 256
-"""Rows up to which a product decodes as it goes.
+SURELY_FUSED_ROWS, FUSED_ROWS, TIMED_ROWS = 32, 256, 1024
+"""Rows up to which a product decodes as it goes: whatever is timed, where nothing is, and where that is faster.
 
 Every 128 rows decode the weight again, at nine instructions an element; once, and read by cuBLAS, it costs the writing
 and reading of two bytes an element.  Counted for an H100, the two meet between 256 and 1024 rows.
@@ -126,7 +128,12 @@ def supports_product(x: Tensor, weight: Sequence[Tensor], layout: str, *rest: An
 def product(x: Tensor, weight: Sequence[Tensor], layout: str, *rest: Any) -> Tensor:
     """`x W' + bias + sum of scale * h B'`, (..., d_out), decoding tiles of W on their way."""
     kernel, extra = _product_kernel(x, weight, layout, *rest)
-    return _run(kernel, x, weight, extra)
+
+    def whole() -> Tensor:
+        w = storage.layout(layout).decode(*weight).to(x.dtype)
+        return torch.ops.rewrite.adapted_linear_core(x, [w], "dense", *rest)
+
+    return _by_the_faster(kernel, x, lambda: _fused(kernel, x, weight, extra), whole)
 
 
 def supports_input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> str | None:
@@ -136,14 +143,30 @@ def supports_input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -
 
 def input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> Tensor:
     """`dy W`, (..., d_in), decoding tiles of W on their way."""
-    return _run(_kernel(dy, weight, layout, gradient=True), dy, weight, [])
+    kernel = _kernel(dy, weight, layout, gradient=True)
+
+    def whole() -> Tensor:
+        return torch.matmul(dy, storage.layout(layout).decode(*weight).to(dy.dtype))
+
+    return _by_the_faster(kernel, dy, lambda: _fused(kernel, dy, weight, []), whole)
+
+
+def _by_the_faster(kernel: Nf4Linear, x: Tensor, fused: Callable[[], Tensor], whole: Callable[[], Tensor]) -> Tensor:
+    """A product by the kernel, or after decoding the whole weight: what is expected, or was timed, to be faster."""
+    M = math.prod(x.shape[:-1])
+    ways = {"fused": fused, "whole": whole}
+    chosen = "fused" if M <= FUSED_ROWS else "whole"
+    if M > SURELY_FUSED_ROWS and x.device.type == "cuda" and tune.wanted():
+        key = kernel, x.device, M.bit_length()
+        chosen = tune.fastest(key, list(ways), lambda way: ways[way](), chosen)
+    return ways[chosen]()
 
 
 def _unsuitable(x: Tensor, weight: Sequence[Tensor], layout: str) -> str | None:
     if not layout.startswith("nf4:"):
         return "not an NF4 weight"
-    if math.prod(x.shape[:-1]) > FUSED_ROWS:
-        return f"more than {FUSED_ROWS} rows: the weight is decoded once for all of them"
+    if math.prod(x.shape[:-1]) > (most := TIMED_ROWS if tune.wanted() else FUSED_ROWS):
+        return f"more than {most} rows: the weight is decoded once for all of them"
     if x.device != weight[0].device:
         return f"x on {x.device}, the weight on {weight[0].device}"
     stored: Any = storage.layout(layout)
@@ -170,23 +193,31 @@ def _product_kernel(
     return kernel, [*([] if bias is None else [bias.contiguous()]), *branches]
 
 
-def _run(kernel: Nf4Linear, x: Tensor, weight: Sequence[Tensor], extra: Sequence[Tensor]) -> Tensor:
-    """Launch a product, its sum split where there are too few tiles for the device."""
+def _fused(kernel: Nf4Linear, x: Tensor, weight: Sequence[Tensor], extra: Sequence[Tensor]) -> Tensor:
+    """Launch the kernel, its sums split where there are too few tiles for the device."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     M, out = rows.shape[0], x.new_empty(*x.shape[:-1], kernel.width)
     if not M:
         return out
-    splits, chunks = split(kernel, M, x.device)
-    kernel = dataclasses.replace(kernel, splits=splits)
-    parts = out if splits == 1 else x.new_empty(splits, M, kernel.width, dtype=torch.float32)
+    kernel, chunks = _planned(kernel, M, x.device)
+    parts = out if kernel.splits == 1 else x.new_empty(kernel.splits, M, kernel.width, dtype=torch.float32)
     kernel.launch(rows, *weight, *extra, parts, M=M, chunks=chunks)
-    if splits > 1:
-        SumOfParts(1, 1.0, x.dtype).launch(parts, out, count0=splits, elements0=out.numel())
+    if kernel.splits > 1:
+        SumOfParts(1, 1.0, x.dtype).launch(parts, out, count0=kernel.splits, elements0=out.numel())
     return out
 
 
+@functools.lru_cache(maxsize=4096)
+def _planned(kernel: Nf4Linear, M: int, device: torch.device) -> tuple[Nf4Linear, int]:
+    splits, chunks = split(kernel, M, device)
+    return dataclasses.replace(kernel, splits=splits), chunks
+
+
 def split(kernel: Nf4Linear, M: int, device: torch.device) -> tuple[int, int]:
-    """Parts of the sums, so that two programs are there for each multiprocessor, and the chunks of each part."""
+    """Parts of the sums, so that two programs are there for each multiprocessor, and the chunks of each part.
+
+    The parts take no more memory than the decoded weight would: fewer rows of float32 than a part sums terms.
+    """
     tiles = math.prod(kernel.grid(kernel.choose(kernel.configs(_target(device)), M=M), M=M)) // kernel.splits
     chunks = -(-kernel.length // CHUNK)
     each = -(-chunks // max(1, min(2 * multiprocessors(device) // tiles, chunks // CHUNKS)))
