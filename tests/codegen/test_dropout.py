@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rewrite.codegen import dropout
+from rewrite.codegen import masks
 
 OPS = torch.ops.rewrite
 PI = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0]
@@ -36,7 +36,7 @@ def leaf(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize(("rounds", "counter", "key", "words"), KNOWN)
 def test_philox_gives_the_published_numbers(rounds, counter, key, words):
-    found = dropout.philox([torch.tensor(c) for c in counter], key, rounds)
+    found = masks.philox([torch.tensor(c) for c in counter], key, rounds)
     assert [f"{int(w):08x}" for w in found] == words.split()
 
 
@@ -51,7 +51,7 @@ def test_the_definition_element_by_element():
         return counter
 
     for seed, p in itertools.product((0, 5, 2**40 + 3, 2**63 - 2), (0.05, 0.5)):
-        mask = dropout.kept(3, 19, seeds(seed), p)
+        mask = masks.kept(3, 19, seeds(seed), p)
         for row, column in itertools.product(range(3), range(19)):
             word = words([column // 8, row, 0, 0], [seed % 2**32, seed // 2**32])[column % 8 // 2]
             number = word >> 16 if column % 2 else word % 2**16
@@ -61,7 +61,7 @@ def test_the_definition_element_by_element():
 @pytest.mark.parametrize("p", [0.01, 0.05, 0.1, 0.5, 0.9])
 def test_rate(p):
     count = 512 * 1024
-    found = dropout.kept(512, 1024, seeds(12345), p)
+    found = masks.kept(512, 1024, seeds(12345), p)
     drops = count - int(found.sum())
     assert abs(drops - p * count) < 5 * (p * (1 - p) * count) ** 0.5
     # by row and by column, too: as many deviate as chance has it
@@ -72,9 +72,9 @@ def test_rate(p):
 
 def test_p_is_a_multiple_of_two_to_the_minus_16_and_the_mean_is_exact():
     for p in (1e-7, 0.05, 1 / 3, 0.999999):
-        dropped = dropout.threshold(p) / 2**16
+        dropped = masks.threshold(p) / 2**16
         assert abs(dropped - p) <= 2**-16
-        assert dropout.scale(p) * (1 - dropped) == pytest.approx(1.0, rel=1e-15)
+        assert masks.scale(p) * (1 - dropped) == pytest.approx(1.0, rel=1e-15)
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
@@ -85,11 +85,11 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 def test_masks_are_independent():
     """Neighbouring columns (those of one call among them), rows, sites and steps."""
-    p, mask = 0.3, dropout.kept(256, 1024, seeds(7), 0.3)
+    p, mask = 0.3, masks.kept(256, 1024, seeds(7), 0.3)
     pairs = [(mask[:, :-lag], mask[:, lag:]) for lag in (1, 2, 3, 4, 7, 8, 16, 64)]
     pairs += [(mask[:-lag], mask[lag:]) for lag in (1, 2, 8, 128)]
     # seeds that differ in a bit, low or high, as the worst that a generator could give to two sites or steps
-    pairs += [(mask, dropout.kept(256, 1024, seeds(7 ^ 1 << bit), p)) for bit in (0, 1, 31, 32, 62)]
+    pairs += [(mask, masks.kept(256, 1024, seeds(7 ^ 1 << bit), p)) for bit in (0, 1, 31, 32, 62)]
     for i, j in itertools.combinations(range(8), 2):
         pairs.append((mask[:, i::8], mask[:, j::8]))
     worst = [abs(correlation(a, b)) for a, b in pairs]
@@ -112,7 +112,7 @@ def test_dropout_is_its_mask_and_keeps_the_seed_alone(shape):
     x, seed, p = leaf(*shape), seeds(99), 0.4
     y = OPS.dropout(x, seed, p)
     rows = x.detach().reshape(x.shape[:-1].numel(), shape[-1])
-    mask = dropout.kept(*rows.shape, seed, p).view(shape).double() * dropout.scale(p)
+    mask = masks.kept(*rows.shape, seed, p).view(shape).double() * masks.scale(p)
     torch.testing.assert_close(y, x * mask, rtol=0, atol=0)
     dy = torch.randn_like(y)
     (dx,) = torch.autograd.grad(y, x, dy)
