@@ -3,7 +3,7 @@
 - `rewrite::sparse_product(x, values, rows, columns, d_out)`   S x, whose gradients never have the size of S
 
 The backward pass keeps x and nothing of size (tokens, k); the gradient of the values is a sampled product, the inner
-products of the rows of dy' and x' that the coordinates name.
+products of the rows of dy' and x' that the coordinates name.  On a GPU both run in `rewrite.codegen.kernels.sparse`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from rewrite.codegen.forms.form import TOKENS, Form
+from rewrite.codegen.kernels import sparse as kernels
 
 Tensor = torch.Tensor
 GATHER = 100
@@ -154,8 +155,22 @@ def _backward(ctx, dy):
     return dx, dvalues, None, None, None
 
 
+def _product_cuda(x: Tensor, values: Tensor, rows: Tensor | None, columns: Tensor, d_out: int) -> Tensor:
+    fast = kernels.supports(x, values, rows, columns, d_out) is None
+    return (kernels.product if fast else _product)(x, values, rows, columns, d_out)
+
+
+def _gradients_cuda(
+    dy: Tensor, x: Tensor, values: Tensor, rows: Tensor | None, columns: Tensor
+) -> tuple[Tensor, Tensor]:
+    fast = kernels.supports(x, values, rows, columns, dy.shape[-1]) is None
+    return (kernels.gradients if fast else _gradients)(dy, x, values, rows, columns)
+
+
 _lib.impl("sparse_product", _product, "CompositeExplicitAutograd")
 _lib.impl("sparse_product_backward", _gradients, "CompositeExplicitAutograd")
+_lib.impl("sparse_product", _product_cuda, "CUDA")
+_lib.impl("sparse_product_backward", _gradients_cuda, "CUDA")
 torch.library.register_fake(
     "rewrite::sparse_product", lambda x, values, rows, columns, d_out: x.new_empty((*x.shape[:-1], d_out)), lib=_lib
 )

@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -53,10 +53,12 @@ def compile(kernel: Kernel, config: Config, target: Target) -> Resources:
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": kernel.fp_fusion}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
-    try:
-        built = build(source, target=GPUTarget("cuda", target.capability, 32), options=options)
-    except Exception as error:  # the compiler fails in many ways: LLVM, ptxas, its own passes
-        return Resources(error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}")
+    with _diagnostics() as said:
+        try:
+            built = build(source, target=GPUTarget("cuda", target.capability, 32), options=options)
+        except Exception as error:  # the compiler fails in many ways: LLVM, ptxas, its own passes
+            lines = [line for line in said() if "error:" in line] or str(error).strip().splitlines()[-1:]
+            return Resources(error=" ".join([f"{type(error).__name__}:", *lines[:1]]))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(built.asm["cubin"])
         cubin.flush()
@@ -71,6 +73,24 @@ def compile(kernel: Kernel, config: Config, target: Target) -> Resources:
         products=sum(len(re.findall(rf"\b{op}\b", code)) for op in _TENSOR_CORES),
         fused=len(re.findall(r"\bFFMA\d?\b", code)),
     )
+
+
+@contextlib.contextmanager
+def _diagnostics() -> Iterator[Callable[[], list[str]]]:
+    """Catches what the compiler writes to the process's stderr, whole programs among it; the lines so far."""
+    with tempfile.TemporaryFile("w+", errors="replace") as file:
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+
+        def said() -> list[str]:
+            file.seek(0)
+            return file.read().splitlines()
+
+        try:
+            yield said
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def compile_all(jobs: Sequence[tuple[Kernel, Config, Target]], workers: int = 2) -> Iterator[Resources]:
