@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from rewrite.codegen.kernels.kernel import Config, Kernel, triton_type
-from rewrite.codegen.kernels.target import Target
+from rewrite.codegen.kernels.target import Target, unusable
 
 Tensor = torch.Tensor
 _LINE = 64  # tokens of a channel are a multiple of it: whole sectors, and vectors of 16 bytes
@@ -140,6 +140,8 @@ class SparseSampled(_OverLines):
 
 def supports(x: Tensor, values: Tensor, rows: Tensor | None, columns: Tensor, d_out: int) -> str | None:
     """Why there is no kernel for a sparse product and its gradients, or None."""
+    if reason := unusable(x.device):
+        return reason
     if rows is not None and rows.dtype != columns.dtype:
         return f"rows are {rows.dtype}, columns {columns.dtype}"
     each = _each(values, rows, d_out)
