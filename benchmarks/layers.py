@@ -7,7 +7,7 @@ others are copies of one shape, each with an input of its own, as many as it tak
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -97,6 +97,11 @@ class Case:
         return [Place(f"copy{i}_proj", i, k, n) for i in range(min(copies, 20))]
 
     @property
+    def sites(self) -> str:
+        """The layers in a spec."""
+        return "linear"
+
+    @property
     def widths(self) -> list[int]:
         """The width of every input."""
         return [next(p.inputs for p in self.places if p.feed == i) for i in range(self.places[-1].feed + 1)]
@@ -127,14 +132,12 @@ class Case:
 class Linears(nn.Module):
     """The frozen linear layers of a case; a call gives the output of each."""
 
-    def __init__(self, case: Case, weights: Sequence[Tensor], build: Any = nn.Linear) -> None:
+    def __init__(self, case: Case, weights: Sequence[Tensor]) -> None:
         super().__init__()
         self.feeds = [(p.name, p.feed) for p in case.places]
         for place, W in zip(case.places, weights, strict=True):
-            with torch.device("meta"):
-                layer = build(place.inputs, place.outputs, bias=False)
-            if type(layer) is nn.Linear:
-                layer.weight = nn.Parameter(W.clone(), requires_grad=False)
+            layer = nn.Linear(place.inputs, place.outputs, bias=False, device="meta")
+            layer.weight = nn.Parameter(W.clone(), requires_grad=False)
             setattr(self, place.name, layer)
 
     def forward(self, *xs: Tensor) -> tuple[Tensor, ...]:
@@ -151,15 +154,30 @@ class Batch(NamedTuple):
 class Problem:
     """The numbers of a case: weights, what every adapter holds, and batches; the same for every contender."""
 
-    def __init__(self, case: Case, seed: int = 0) -> None:
-        self.case = case
+    sample: dict[str, Any] | None = None
+    """A batch by which a compiler looks at the model, where its signature does not do."""
+
+    def __init__(self, case: Any, seed: int = 0) -> None:
+        self.case: Case = case
         self.random = torch.Generator(case.device).manual_seed(seed)
-        self.weights = [self.normal((p.outputs, p.inputs), p.inputs**-0.5).to(case.dtype) for p in case.places]
+        self.weights = self.drawn()
         self.theta: dict[Key, Tensor] = {}
         for i, place in enumerate(case.places):
             self.theta |= {(i, name): value for name, value in self.adapter(i, place).items()}
         self.batches = [self.batch() for _ in range(2)]
         self.adapters = [row % len(case.ranks) for row in range(case.rows)]
+
+    def drawn(self) -> list[Tensor]:
+        """The frozen weights."""
+        return [self.normal((p.outputs, p.inputs), p.inputs**-0.5).to(self.case.dtype) for p in self.case.places]
+
+    def fresh(self) -> nn.Module:
+        """A frozen model with these weights, for one contender."""
+        return Linears(self.case, self.weights)
+
+    def call(self, model: Callable[..., Any], *xs: Tensor) -> Sequence[Tensor]:
+        """Outputs of a model, whatever it is wrapped in."""
+        return model(*xs)
 
     def normal(self, shape: tuple[int, ...], std: float) -> Tensor:
         return torch.randn(shape, generator=self.random, device=self.case.device).mul_(std)
@@ -211,16 +229,17 @@ def reference(
     for i, place in enumerate(case.places):
         x, W = xs[place.feed], weights[i].double()
         own = {name: value for (at, name), value in theta.items() if at == i}
-        ys.append(_output(case, x, W, own, masks[i] if masks else None, problem.adapters, (columns or {}).get(i)))
+        ys.append(output(case, x, W, own, masks[i] if masks else None, problem.adapters, (columns or {}).get(i)))
     leaves = [*xs, *theta.values()]
     gradients = torch.autograd.grad(ys, leaves, [dy.double() for dy in batch.dys])
     trained = dict(zip(theta, gradients[len(xs) :], strict=True))
     return Found([y.detach() for y in ys], list(gradients[: len(xs)]), trained)
 
 
-def _output(
+def output(
     case: Case, x: Tensor, W: Tensor, own: dict[str, Tensor], mask: Tensor | None, adapters: list[int], at: slice | None
 ) -> Tensor:
+    """One layer by the formula of its method."""
     if "m" in own:
         V = W + SCALE * (own["B"] @ own["A"])
         return F.linear(x, (own["m"] / torch.linalg.vector_norm(V, dim=1).detach())[:, None] * V)

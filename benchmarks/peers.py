@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from layers import LAYER, SCALE, Case, Key, Linears, Place, Problem
+from layers import LAYER, SCALE, Case, Key, Place, Problem
 from restated import LoraPath, SlicePath, Weight
 from torch import nn
 
@@ -39,7 +39,21 @@ class Contender:
         return [*self.module.parameters(), *self.module.buffers(), *self.weights()]
 
 
-Builder = Callable[[Problem], Contender]
+Builder = Callable[..., Contender]
+
+
+def called(problem: Problem, model: Any, mode: str | None = None) -> Callable[..., Sequence[Tensor]]:
+    """A call of a model on the inputs of a problem: as it is, or compiled in a mode of torch.compile."""
+    if mode == GRAPHS:
+        model = torch.compile(model, dynamic=False, mode=mode)
+    elif mode:
+        model = torch.compile(model, dynamic=False)
+    return partial(problem.call, model)
+
+
+def layers_of(problem: Problem, model: nn.Module) -> list[Any]:
+    """The adapted layers of a model."""
+    return [model.get_submodule(place.name) for place in problem.case.places]
 
 
 def for_method(case: Case) -> dict[str, Builder]:
@@ -49,9 +63,9 @@ def for_method(case: Case) -> dict[str, Builder]:
     if gpu:
         found["rewrite, graphs"] = partial(ours, mode=GRAPHS)
     if case.method in ("lora", "dropout", "dora"):
-        found |= _variants("peft", _peft, gpu, half)
+        found |= _variants("peft", peft, gpu, half)
     if case.method in ("qlora", "qdora"):
-        found |= _variants("peft + bitsandbytes", partial(_peft, quantised=True), gpu, half)
+        found |= _variants("peft + bitsandbytes", partial(peft, quantised=True), gpu, half)
     if case.method in ("qlora", "nf4"):
         found |= {"torchao": _torchao, "torchao, compiled": partial(_torchao, compiled=True)}
     if case.method in ("lora", "qlora"):
@@ -62,7 +76,7 @@ def for_method(case: Case) -> dict[str, Builder]:
         found |= {"peft": _peft_multi, "loop over adapters": _loop, "loop, compiled": partial(_loop, compiled=True)}
     if case.quantised:
         found["bitsandbytes, frozen"] = _bitsandbytes
-    return found | {"base": _base, "base, compiled": partial(_base, compiled=True)}
+    return found | {"base": _base, "base, compiled": partial(_base, mode="default")}
 
 
 def _variants(name: str, build: Builder, gpu: bool, half: bool) -> dict[str, Builder]:
@@ -90,11 +104,11 @@ def fill(trained: dict[Key, Tensor], problem: Problem) -> None:
 def ours(problem: Problem, mode: str | None = None) -> Contender:
     """`rewrite.compile` on the layers."""
     case = problem.case
-    model: Any = rewrite.compile(Linears(case, problem.weights), spec(case), dynamic=False, mode=mode)
-    trained: dict[Key, Tensor] = {}
+    model = rewrite.compile(problem.fresh(), spec(case), dynamic=False, mode=mode, inputs=problem.sample)
+    layers, trained = layers_of(problem, model), dict[Key, Tensor]()
     columns: dict[int, slice] = {}
     for i, place in enumerate(case.places):
-        trained |= {(i, name): t for name, t in _held(getattr(model, place.name), case)}
+        trained |= {(i, name): t for name, t in _held(layers[i], case)}
         if (i, "D") in trained:
             run = rewrite.methods()["s2ft"](channels=case.channels(place)).run(  # type: ignore[attr-defined]
                 case.channels(place), place.inputs, False
@@ -103,21 +117,22 @@ def ours(problem: Problem, mode: str | None = None) -> Contender:
     fill(trained, problem)
     if case.method == "multi":
         rewrite.use(model, per_row=[_adapter(k) for k in problem.adapters])
-    return Contender(model, model, trained, lambda: [getattr(model, p.name).weight for p in case.places], columns)
+    return Contender(called(problem, model), model, trained, lambda: [layer.weight for layer in layers], columns)
 
 
 def spec(case: Case) -> str:
     """What a case is called here."""
-    alpha, stored = SCALE * case.rank, "nf4(linear, double_quant=true)"
+    alpha, sites = SCALE * case.rank, case.sites
     adapted = {
-        "lora": f"lora(r={case.rank}, alpha={alpha})@linear",
-        "dropout": f"lora(r={case.rank}, alpha={alpha}, dropout={case.dropout})@linear",
-        "dora": f"dora(r={case.rank}, alpha={alpha})@linear",
+        "lora": f"lora(r={case.rank}, alpha={alpha})@{sites}",
+        "dropout": f"lora(r={case.rank}, alpha={alpha}, dropout={case.dropout})@{sites}",
+        "dora": f"dora(r={case.rank}, alpha={alpha})@{sites}",
         "s2ft": _slices(case),
-        "multi": " + ".join(f"{_adapter(k)}: lora(r={r}, alpha={SCALE * r})@linear" for k, r in enumerate(case.ranks)),
+        "multi": " + ".join(f"{_adapter(k)}: lora(r={r}, alpha={SCALE * r})@{sites}" for k, r in enumerate(case.ranks)),
     }
     adapted |= {"nf4": "", "qlora": adapted["lora"], "qdora": adapted["dora"]}
-    return " + ".join(part for part in (adapted[case.method], stored if case.quantised else "") if part)
+    stored = f"nf4({sites}, double_quant=true)" if case.quantised else ""
+    return " + ".join(part for part in (adapted[case.method], stored) if part)
 
 
 def _slices(case: Case) -> str:
@@ -143,11 +158,11 @@ def _held(layer: nn.Module, case: Case) -> Iterator[tuple[str, Tensor]]:
 # PEFT
 
 
-def _peft(problem: Problem, mode: str | None = None, upcast: bool = False, quantised: bool = False) -> Contender:
+def peft(problem: Problem, mode: str | None = None, upcast: bool = False, quantised: bool = False) -> Contender:
     from peft import LoraConfig, get_peft_model
 
     case = problem.case
-    base = _quantised(problem) if quantised else Linears(case, problem.weights)
+    base = _quantised(problem) if quantised else problem.fresh()
     names = [p.name for p in case.places]
     config = LoraConfig(
         r=case.rank,
@@ -157,15 +172,11 @@ def _peft(problem: Problem, mode: str | None = None, upcast: bool = False, quant
         use_dora="dora" in case.method,
     )
     model: Any = get_peft_model(base, config, autocast_adapter_dtype=upcast)  # type: ignore[arg-type]
-    layers = [getattr(base, name) for name in names]
-    trained: dict[Key, Tensor] = {}
+    layers, trained = layers_of(problem, base), dict[Key, Tensor]()
     for i, layer in enumerate(layers):
         trained |= {(i, name): t for name, t in _peft_tensors(layer, "default", None if upcast else case.dtype)}
     fill(trained, problem)
-    if mode == GRAPHS:
-        call = torch.compile(model, dynamic=False, mode=mode)
-    else:
-        call = torch.compile(model, dynamic=False) if mode else model
+    call = called(problem, model, mode)
     return Contender(call, model, trained, lambda: [_decoded(layer.base_layer) for layer in layers])
 
 
@@ -184,7 +195,7 @@ def _peft_multi(problem: Problem) -> Contender:
     from peft import LoraConfig, get_peft_model
 
     case, names = problem.case, [p.name for p in problem.case.places]
-    base = Linears(case, problem.weights)
+    base = problem.fresh()
     configs = [LoraConfig(r=r, lora_alpha=int(SCALE * r), target_modules=names) for r in case.ranks]
     model: Any = get_peft_model(base, configs[0], _adapter(0), autocast_adapter_dtype=False)  # type: ignore[arg-type]
     for k, config in enumerate(configs[1:], 1):
@@ -203,17 +214,19 @@ def _peft_multi(problem: Problem) -> Contender:
 # Quantised bases
 
 
-def _quantised(problem: Problem) -> Linears:
+def _quantised(problem: Problem) -> nn.Module:
     """The layers in NF4 by bitsandbytes, absmax quantised too, as QLoRA has it."""
-    import bitsandbytes as bnb
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
-    case = problem.case
-    build = partial(bnb.nn.Linear4bit, compute_dtype=case.dtype, compress_statistics=True, quant_type="nf4")
-    model: Any = Linears(case, problem.weights, build)
-    for place, W in zip(case.places, problem.weights, strict=True):
-        held = bnb.nn.Params4bit(W.clone(), requires_grad=False, compress_statistics=True, quant_type="nf4")
-        getattr(model, place.name).weight = held
-    model.is_loaded_in_4bit = True  # by this PEFT knows
+    case, model = problem.case, problem.fresh()
+    kind: dict[str, Any] = {"compress_statistics": True, "quant_type": "nf4"}
+    for place in case.places:
+        with torch.device("meta"):
+            layer = Linear4bit(place.inputs, place.outputs, bias=False, compute_dtype=case.dtype, **kind)
+        weight = model.get_submodule(place.name).weight
+        layer.weight = Params4bit(weight.data, requires_grad=False, **kind)  # type: ignore[call-arg]
+        model.set_submodule(place.name, layer)
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # by this PEFT knows
     return model.to(case.device)
 
 
@@ -221,14 +234,14 @@ def _decoded(layer: Any) -> Tensor:
     state = getattr(layer.weight, "quant_state", None)
     if state is None:
         return layer.weight
-    import bitsandbytes as bnb
+    from bitsandbytes.functional import dequantize_4bit
 
-    return bnb.functional.dequantize_4bit(layer.weight.data, state)
+    return dequantize_4bit(layer.weight.data, state)
 
 
 def _bitsandbytes(problem: Problem) -> Contender:
     model = _quantised(problem)
-    return Contender(model, model, {}, lambda: [_decoded(getattr(model, p.name)) for p in problem.case.places])
+    return Contender(called(problem, model), model, {}, lambda: list(map(_decoded, layers_of(problem, model))))
 
 
 def _torchao(problem: Problem, compiled: bool = False) -> Contender:
@@ -278,11 +291,10 @@ def _loop(problem: Problem, compiled: bool = False) -> Contender:
     return model.contender(problem, compiled, lambda: problem.weights)
 
 
-def _base(problem: Problem, compiled: bool = False) -> Contender:
+def _base(problem: Problem, mode: str | None = None) -> Contender:
     """The frozen layers: what any method costs at least."""
-    model = Linears(problem.case, problem.weights)
-    weights = [getattr(model, p.name).weight for p in problem.case.places]
-    return Contender(torch.compile(model, dynamic=False) if compiled else model, model, {}, lambda: weights)
+    model = problem.fresh()
+    return Contender(called(problem, model, mode), model, {}, lambda: [m.weight for m in layers_of(problem, model)])
 
 
 # Unsloth, and restatements
@@ -301,15 +313,9 @@ def _groups(case: Case) -> list[list[tuple[int, Place]]]:
 def _unsloth_path(problem: Problem) -> Contender:
     """Restated, see `restated.LoraPath`; NF4 weights are decoded by bitsandbytes, on a GPU into one buffer for all."""
     case, held = problem.case, _leaves(problem)
-    if case.quantised:
-        model: Any = _quantised(problem)
-        weights = _decoders(problem, model)
-        decoded = lambda: [_decoded(getattr(model, p.name)) for p in case.places]  # noqa: E731
-    else:
-        model = Linears(case, problem.weights)
-        own = [getattr(model, p.name).weight for p in case.places]
-        weights, decoded = [partial(_same, W) for W in own], lambda: own
-    groups = _groups(case)
+    model = _quantised(problem) if case.quantised else problem.fresh()
+    layers, groups = layers_of(problem, model), _groups(case)
+    weights = _decoders(problem, layers) if case.quantised else [partial(_same, m.weight) for m in layers]
 
     def call(*xs: Tensor) -> list[Tensor]:
         ys: list[Tensor] = []
@@ -319,26 +325,27 @@ def _unsloth_path(problem: Problem) -> Contender:
         return ys
 
     module = nn.ModuleList([model, held])
-    return Contender(call, module, {(i, name): held[f"{name}_{i}"] for i, name in problem.theta}, decoded)
+    trained = {(i, name): held[f"{name}_{i}"] for i, name in problem.theta}
+    return Contender(call, module, trained, lambda: list(map(_decoded, layers)))
 
 
 def _same(W: Tensor) -> Tensor:
     return W
 
 
-def _decoders(problem: Problem, model: Any) -> list[Weight]:
+def _decoders(problem: Problem, layers: Sequence[Any]) -> list[Weight]:
     from bitsandbytes.functional import dequantize_4bit
 
     case, gpu = problem.case, problem.case.device.type == "cuda"  # on a CPU it decodes into no buffer
     largest = max(p.inputs * p.outputs for p in case.places)
     buffer = torch.empty(largest, dtype=case.dtype, device=case.device)
 
-    def decoder(place: Place) -> Weight:
-        weight = getattr(model, place.name).weight
+    def decoder(place: Place, layer: Any) -> Weight:
+        weight = layer.weight
         into = buffer[: place.inputs * place.outputs].view(place.outputs, place.inputs) if gpu else None
         return lambda: dequantize_4bit(weight.data, weight.quant_state, out=into)
 
-    return [decoder(place) for place in case.places]
+    return [decoder(place, layer) for place, layer in zip(case.places, layers, strict=True)]
 
 
 def _unsloth(problem: Problem) -> Contender:
@@ -348,8 +355,8 @@ def _unsloth(problem: Problem) -> Contender:
     case, held = problem.case, _leaves(problem)
     if case.shape == LAYER:
         raise NotImplementedError("its functions of a whole block take its own modules: see the single shapes")
-    base: Any = _quantised(problem) if case.quantised else Linears(case, problem.weights)
-    layers = [getattr(base, p.name) for p in case.places]
+    base = _quantised(problem) if case.quantised else problem.fresh()
+    layers = layers_of(problem, base)
     states = [getattr(layer.weight, "quant_state", None) for layer in layers]
 
     def call(*xs: Tensor) -> list[Tensor]:
@@ -359,14 +366,14 @@ def _unsloth(problem: Problem) -> Contender:
         ]
 
     trained = {(i, name): held[f"{name}_{i}"] for i, name in problem.theta}
-    return Contender(call, nn.ModuleList([base, held]), trained, lambda: [_decoded(layer) for layer in layers])
+    return Contender(call, nn.ModuleList([base, held]), trained, lambda: list(map(_decoded, layers)))
 
 
 def _s2ft_path(problem: Problem) -> Contender:
     """Restated, see `restated.SlicePath`: the first columns, whose place changes no cost."""
     case, held = problem.case, _leaves(problem)
-    model = Linears(case, problem.weights)
-    frozen = [getattr(model, p.name).weight for p in case.places]
+    model = problem.fresh()
+    frozen = [m.weight for m in layers_of(problem, model)]
     columns = {i: slice(0, case.channels(case.places[i])) for i, _ in problem.theta}
     merged = {i: W.detach().clone() for i, W in enumerate(frozen) if i in columns}
     for i, W in merged.items():

@@ -6,24 +6,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from cases import Row, prepare, stepper
-from harness import Step, synchronize
-from layers import Case, Problem
+from contest import Contest, Row, prepare, stepper
+from harness import Gate, Step, synchronize
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as record
 
 STEPS = 3
 
 
-def profile(case: Case, names: Sequence[str], file: Path) -> None:
+def profile(contest: Contest, names: Sequence[str], file: Path, gate: Gate) -> None:
     """Append the tables of a case to `file`."""
-    problem, rows = Problem(case), dict[str, Row]()
-    contenders = prepare(case, problem, names, rows)
+    with gate.preparing():
+        problem, rows = contest.problem(), dict[str, Row]()
+        contenders = prepare(contest, problem, names, rows)
     steps = {name: stepper(c, problem.batches) for name, c in contenders.items()}
     failed = "".join(f"{name}: {row.failure}\n" for name, row in rows.items() if row.failure)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as out:
-        out.write(f"# {case}\n{failed}" + tables(steps, case.device))
+    with gate.measuring(), file.open("a") as out:
+        out.write(f"# {contest.case}\n{failed}" + tables(steps, contest.case.device))
 
 
 def tables(steps: Mapping[str, Step], device: torch.device) -> str:
