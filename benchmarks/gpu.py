@@ -24,12 +24,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from contest import bars
 from harness import Deadline, picture, write
 from targets import judged
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-SMALL = "--device cpu --dtype float32 --shrink 64 --tokens 4 --ranks 4 --rounds 2 --case-seconds 0.1".split()
+SMALL = "--device cpu --dtype float32 --shrink 64 --tokens 4 --rounds 2 --case-seconds 0.1".split()
 """What a dry run adds: the same parts, as small as they go."""
 LAST = 8.0
 """Seconds that stay for the picture and the table."""
@@ -44,10 +45,6 @@ class Part:
     script: str
     arguments: tuple[str, ...] = ()
 
-    @property
-    def exists(self) -> bool:
-        return (HERE / self.script).exists()
-
 
 def linears(name: str, wave: int, methods: str, tokens: str, peers: Sequence[str], *more: str) -> Part:
     """A part of `linears.py` on the seven linear layers of a decoder layer."""
@@ -56,6 +53,7 @@ def linears(name: str, wave: int, methods: str, tokens: str, peers: Sequence[str
     return Part(name, wave, "linears.py", (*asked, "--case-seconds", "8", *(("--peers", *peers) if peers else ())))
 
 
+LORA = ("--methods", "lora")
 PEFT, COMPILED, BNB = "peft", "peft, compiled", "peft + bitsandbytes"
 PATH, BASE = "unsloth's path", "base"
 FEW = ("rewrite, graphs", PEFT, COMPILED, "peft, graphs", PATH, BNB, f"{BNB}, compiled", "torchao, compiled", BASE)
@@ -64,9 +62,9 @@ PARTS = (
     linears("dropout", 0, "dropout", "8192", [PEFT, COMPILED, BASE]),
     linears("qlora", 0, "qlora", "2048 128", [BNB, f"{BNB}, compiled", PATH, "bitsandbytes, frozen", BASE]),
     linears("dora", 0, "dora", "8192", [PEFT, COMPILED, BASE]),
-    Part("steps", 0, "steps.py", ("--models", "layer", "--tokens", "8192", "--peers", PEFT, COMPILED, PATH, BASE)),
-    Part("kernels", 1, "kernels.py"),
-    Part("layers", 1, "steps.py", ("--models", "layers", "--tokens", "8192")),
+    Part("steps", 0, "steps.py", (*LORA, "--models", "layer", "--tokens", "8192", "--peers", PEFT, COMPILED, PATH)),
+    Part("operators", 1, "operators.py"),
+    Part("layers", 1, "steps.py", (*LORA, "--models", "layer", "layers", "--tokens", "8192")),
     linears("few tokens", 2, "lora qlora", "1 32 512", FEW),
     linears("others", 2, "s2ft multi qdora", "2048", ()),
     linears("shapes", 2, "lora", "8192 512", [COMPILED, PATH, BASE], "--shapes", "q,o", "k,v", "gate,up", "down"),
@@ -117,16 +115,16 @@ class Running:
 class Session:
     """The parts of one run, and their results in a folder."""
 
-    def __init__(self, args: argparse.Namespace, work: Path) -> None:
+    def __init__(self, args: argparse.Namespace, work: Path, begin: float) -> None:
         self.args, self.work, self.all = args, work, list[Running]()
-        self.deadline = Deadline(args.budget - min(LAST, args.budget / 4))
+        self.deadline = Deadline(args.budget - min(LAST, args.budget / 4) - (time.monotonic() - begin))
 
     def start(self, part: Part) -> Running:
         stem = part.name.replace(" ", "_")
         log = self.work / f"{stem}.log"
         command = [sys.executable, str(HERE / part.script), *part.arguments]
         command += ["--out", str(self.work), "--name", stem, *(SMALL if self.args.dry else ())]
-        if self.args.profile:
+        if self.args.profile and part.script != "operators.py":
             command += ["--profile", str(self.args.out / "profile.txt")]
         environment = {**os.environ, "REWRITE_BENCH_LOCK": str(self.work / "lock")}
         environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # of each part
@@ -158,12 +156,13 @@ class Session:
 
 
 def main() -> None:
-    args, begin = arguments(), time.monotonic()
+    args = arguments()
+    begin = time.monotonic() - max(0.0, time.time() - float(os.environ.get("REWRITE_BENCH_BEGAN", "inf")))
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    wanted = [p for p in PARTS if (not args.parts or p.name in args.parts) and p.exists]
+    wanted = [p for p in PARTS if not args.parts or p.name in args.parts]
     with tempfile.TemporaryDirectory() as work:
-        session = Session(args, Path(work))
+        session = Session(args, Path(work), begin)
         for number, share in enumerate(SHARES):
             left = args.budget * share - (time.monotonic() - begin)
             parts = [p for p in wanted if p.wave == number]
@@ -174,17 +173,10 @@ def main() -> None:
     (args.out / "gpu.log").write_text(logs)
     text = judged(data)
     (args.out / "targets.txt").write_text(text)
-    picture(args.out / "gpu.png", "a step", {k: v for part in data["parts"].values() for k, v in bars(part).items()})
-    print(f"{text}\n{time.monotonic() - begin:.0f} s of {args.budget:.0f} s, all of it in {args.out}/gpu.json")
-
-
-def bars(part: dict[str, Any]) -> dict[str, Any]:
-    """What the picture shows of a part."""
-    found: dict[str, Any] = {}
-    for result in part.get("results", ()):
-        ratios = result.get("ratios", {}).get("step", {}).get("over ours", {})
-        found[", ".join(str(value) for value in result["case"].values())] = ratios
-    return found
+    print(
+        f"{text}\n{time.monotonic() - begin:.0f} s of {args.budget:.0f} s, all of it in {args.out}/gpu.json", flush=True
+    )
+    picture(args.out / "gpu.png", "a step", bars([r for p in data["parts"].values() for r in p.get("results", ())]))
 
 
 def arguments() -> argparse.Namespace:

@@ -1,7 +1,7 @@
 """Single operators: each of ours beside what the libraries offer for the same thing, in interleaved pairs.
 
-    python benchmarks/kernels.py                              # on a GPU where there is one
-    python benchmarks/kernels.py --rows nf4_decode --out results
+    python benchmarks/operators.py                              # on a GPU where there is one
+    python benchmarks/operators.py --rows nf4_decode --out results
 
 A row is a function with the mark `@row`: it takes the arguments of the command line and yields operations.  To add
 one, write such a function; nothing else knows of it.  Inputs take turns, so that no cache serves them.
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from contest import bars
 from harness import (
     OURS,
     Deadline,
@@ -50,14 +51,16 @@ ops = torch.ops.rewrite
 class Operation:
     """One operation at one size, on several sets of inputs.
 
-    `expected` is the first set's result in float64 and `bound` the largest relative error; `bytes` and `flops` are what
-    it takes at least.  A contender is built when its turn comes, and may fail to be: it is named with its error.
+    `expected` is the first set's result in float64 and `bound` the largest relative error, but for `floors`, which
+    compute something else and are here for their time; `bytes` and `flops` are what it takes at least.  A contender is
+    built when its turn comes, and may fail to be: it is named with its error.
     """
 
     name: str
     expected: Callable[[], Tensor]
     contenders: Mapping[str, Callable[[], Run]]
     bound: float
+    floors: tuple[str, ...] = ()
     bytes: float = 0.0
     flops: float = 0.0
 
@@ -111,13 +114,13 @@ def nf4_decode(args: argparse.Namespace) -> Iterator[Operation]:
     for n, k in ((4096, 4096), (14336, 4096)):
         stored = Stored(n // args.shrink, k // args.shrink, args)
         contenders = {
-            OURS: lambda s=stored: lambda k: ops.decode(s.ours(k), s.layout),
+            OURS: lambda s=stored: lambda i: ops.decode(s.ours(i), s.layout),
             "bitsandbytes": lambda s=stored: theirs(s),
-            "copy": lambda s=stored: lambda k: s.turn(k).clone(),
+            "copy": lambda s=stored: lambda i: s.turn(i).clone(),
         }
         size = stored.bytes + stored.dense[0].nbytes
-        # A copy has the weight before it was rounded: it is here for its time.
-        yield Operation(f"nf4 decode {n}x{k}", lambda s=stored: s.first, contenders, 0.15, size)
+        # Quantising the absmax anew, bitsandbytes comes to other codes for one in a thousand of them.
+        yield Operation(f"nf4 decode {n}x{k}", lambda s=stored: s.first, contenders, 2e-3, ("copy",), size)
 
 
 @row
@@ -148,25 +151,26 @@ def _products(
     backward: bool,
 ) -> Iterator[Operation]:
     def theirs(x: Tensor) -> Run:
-        import bitsandbytes as bnb
+        from bitsandbytes import matmul_4bit
+        from bitsandbytes.functional import dequantize_4bit
 
-        held = [(W, state) for W, state in stored.theirs()]
+        held = stored.theirs()
         if backward:
-            return lambda k: x @ bnb.functional.dequantize_4bit(*held[k % len(held)])
-        return lambda k: bnb.matmul_4bit(x, *_transposed(held[k % len(held)]))
+            return lambda i: x @ dequantize_4bit(*held[i % len(held)])
+        return lambda i: matmul_4bit(x, *_transposed(held[i % len(held)]))
 
     n = k = 4096 // args.shrink
     stored = Stored(n, k, args)
     for tokens in args.tokens:
         x = torch.randn(tokens, k, device=args.device).to(stored.dense[0].dtype)
         contenders = {
-            OURS: lambda x=x: lambda k: ours(x, stored, k),
+            OURS: lambda x=x: lambda i: ours(x, stored, i),
             "bitsandbytes": lambda x=x: theirs(x),
-            "dense": lambda x=x: lambda k: dense(x, stored.turn(k)),
+            "dense": lambda x=x: lambda i: dense(x, stored.turn(i)),
         }
         expected = lambda x=x: dense(x.double(), stored.first)  # noqa: E731
-        flops = 2.0 * tokens * n * k
-        yield Operation(f"nf4 {name} {tokens} tokens {n}x{k}", expected, contenders, 0.15, stored.bytes, flops)
+        called, bound, flops = f"nf4 {name} {tokens} tokens {n}x{k}", BOUNDS[x.dtype], 2.0 * tokens * n * k
+        yield Operation(called, expected, contenders, bound, ("dense",), stored.bytes, flops)
 
 
 def _transposed(held: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
@@ -193,7 +197,7 @@ def adapted_linear(args: argparse.Namespace) -> Iterator[Operation]:
                 x.double() @ W.double().t() + 2 * h.double() @ B.double().t()
             )
             flops, size = 2.0 * tokens * n * (k + rank), x.nbytes + W.nbytes + tokens * n * dtype.itemsize
-            yield Operation(f"adapted {k}->{n} {tokens} tokens", expected, contenders, BOUNDS[dtype], size, flops)
+            yield Operation(f"adapted {k}->{n} {tokens} tokens", expected, contenders, BOUNDS[dtype], (), size, flops)
 
 
 def run(operation: Operation, device: torch.device, plan: Plan, gate: Gate) -> dict[str, Any]:
@@ -206,7 +210,7 @@ def run(operation: Operation, device: torch.device, plan: Plan, gate: Gate) -> d
             try:
                 step = build()
                 found = error([step(0)], [expected])
-                rows[name] = {"error": found, "passed": found <= operation.bound}
+                rows[name] = {"error": found, "passed": name in operation.floors or found <= operation.bound}
                 steps[name] = step
             except Exception as failure:  # named, not absent
                 rows[name] = {"failure": said(failure)}
@@ -216,7 +220,12 @@ def run(operation: Operation, device: torch.device, plan: Plan, gate: Gate) -> d
         took = spread(values)
         rows[name] |= {"seconds": took, "bytes_a_second": operation.bytes / took["median"]}
         rows[name]["flops_a_second"] = operation.flops / took["median"]
-    found = {"name": operation.name, "bytes": operation.bytes, "flops": operation.flops, "bound": operation.bound}
+    found = {
+        "case": {"operation": operation.name},
+        "bytes": operation.bytes,
+        "flops": operation.flops,
+        "bound": operation.bound,
+    }
     return {**found, "rows": rows, "ratios": {"step": {"over ours": ratios(times, OURS)}}}
 
 
@@ -255,8 +264,7 @@ def main() -> None:
                     write(file, data)
         release(device)
     if file:
-        groups = {r["name"]: r["ratios"]["step"]["over ours"] for r in data["results"]}
-        picture(file.with_suffix(".png"), "one call", groups)
+        picture(file.with_suffix(".png"), "one call", bars(data["results"]))
 
 
 def arguments() -> argparse.Namespace:
@@ -273,7 +281,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--case-seconds", type=float, default=3.0, help="fewer rounds where one takes longer")
     parser.add_argument("--seconds", type=float, help="start none after so many")
     parser.add_argument("--out", type=Path, help="folder for NAME.json and NAME.png")
-    parser.add_argument("--name", default="kernels")
+    parser.add_argument("--name", default="operators")
     return parser.parse_args()
 
 
