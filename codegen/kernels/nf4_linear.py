@@ -29,8 +29,8 @@ and reading of two bytes an element.  Counted for an H100, the two meet between 
 """
 CHUNK = 128
 """A sum is split at multiples of so many terms, whatever the tiles are."""
-CHUNKS = 4
-"""Chunks of a sum that a program has at least: fewer do not fill its pipeline."""
+DECODED, TRAFFIC, LAUNCH = 2.4e10, 4e12, 2e-6
+"""Of an H100: weights that a multiprocessor decodes, bytes to and from the L2 cache, a second; seconds of a launch."""
 
 
 @dataclass(frozen=True)
@@ -214,13 +214,23 @@ def _planned(kernel: Nf4Linear, M: int, device: torch.device) -> tuple[Nf4Linear
 
 
 def split(kernel: Nf4Linear, M: int, device: torch.device) -> tuple[int, int]:
-    """Parts of the sums, so that two programs are there for each multiprocessor, and the chunks of each part.
+    """Parts of the sums and the chunks of each part: the split that is counted to take the least time.
 
-    The parts take no more memory than the decoded weight would: fewer rows of float32 than a part sums terms.
+    The parts, float32, take no more memory than the decoded weight would.
     """
-    tiles = math.prod(kernel.grid(kernel.choose(kernel.configs(_target(device)), M=M), M=M)) // kernel.splits
-    chunks = -(-kernel.length // CHUNK)
-    each = -(-chunks // max(1, min(2 * multiprocessors(device) // tiles, chunks // CHUNKS)))
+    config = kernel.choose(kernel.configs(_target(device)), M=M)
+    tiles = math.prod(kernel.grid(config, M=M)) // kernel.splits
+    chunks, processors = -(-kernel.length // CHUNK), multiprocessors(device)
+    enough = 12 // config.warps  # programs on a multiprocessor that hide each other's latencies
+
+    def seconds(each: int) -> float:
+        parts = -(-chunks // each)
+        load = max(-(-tiles * parts // processors), enough) * (each + 1)  # a chunk's time goes to start and end
+        decoding = load * config["BLOCK_OUT"] * CHUNK / DECODED
+        return decoding + (8 * parts * M * kernel.width / TRAFFIC + LAUNCH if parts > 1 else 0.0)
+
+    most = max(1, kernel.length // (2 * M))
+    each = min({-(-chunks // parts) for parts in range(1, min(chunks, most) + 1)}, key=seconds)
     return -(-chunks // each), each
 
 

@@ -1,11 +1,14 @@
 """Products with NF4 weights of few rows: against the decoded weight in float64, every structure, odd sizes."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from rewrite.codegen import nf4, ops  # noqa: F401  (defines the operators)
 from rewrite.codegen.kernels import nf4_linear
+from rewrite.codegen.kernels.target import SM90
 from rewrite.codegen.storage import Nf4
 
 HALF = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # half of a unit in the last place
@@ -105,15 +108,17 @@ def test_reasons(device):
     assert "whole blocks" in (reason(x=x[:, :80], stored_=ragged, layout=text) or "")
 
 
-def test_a_sum_is_split_where_tiles_are_few():
-    kernel = nf4_linear.EXAMPLES[0]
-    cpu = torch.device("cpu")
-    splits, chunks = nf4_linear.split(kernel, 1, cpu)
-    assert (splits, chunks) == (1, 32)  # 64 tiles are enough for what has four multiprocessors
-    small = nf4_linear.Nf4Linear(128, 4096, 64, True, False, torch.bfloat16, torch.bfloat16)
-    splits, chunks = nf4_linear.split(small, 1, cpu)
-    assert splits == 4
-    assert splits * chunks * nf4_linear.CHUNK >= 4096
+def test_a_sum_is_split_where_tiles_are_few(monkeypatch):
+    def programs(N, K, M):
+        kernel = nf4_linear.Nf4Linear(N, K, 64, True, False, torch.bfloat16, torch.bfloat16)
+        splits, _ = nf4_linear.split(kernel, M, torch.device("cpu"))
+        return splits, splits * math.prod(kernel.grid(kernel.choose(kernel.configs(SM90), M=M), M=M))
+
+    monkeypatch.setattr(nf4_linear, "multiprocessors", lambda device: 132)
+    for N, K in ((4096, 4096), (1024, 4096), (4096, 14336)):
+        assert all(programs(N, K, M)[1] >= 250 for M in (1, 16, 64))
+    assert programs(128256, 4096, 1)[0] == 1  # 2004 tiles
+    assert programs(14336, 4096, 256)[0] == 1  # the parts would be larger than the weight
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
