@@ -156,13 +156,12 @@ def _pads_rows(padding: Any) -> bool:
 OPEN = (open_attention, stack)
 FACTOR = tuple(_rule_of(reader) for reader in READERS)
 ROWS = (narrow_padded, drop_zeros, linear_padded)
-MADE = {r.name for r in (*OPEN, *FACTOR, *ROWS)}
 
 
 def sweep(graph: fx.Graph) -> None:
-    """Erase what rules made and nobody reads: the weight before its views, the items of a list that went unused."""
+    """Erase what rules made and nobody reads: a weight before its views, branches that another rule computes anew."""
     for node in reversed(graph.nodes):
-        ours = node.meta.get("rule") in MADE or _updated(node)
+        ours = "rule" in node.meta or _updated(node)
         if ours and not node.users and not _random(node):
             graph.erase_node(node)
 

@@ -12,7 +12,8 @@ from torch._C import _nn  # type: ignore[attr-defined]  # where Dynamo finds F.l
 
 import rewrite.codegen.cross_entropy
 import rewrite.codegen.ops
-import rewrite.codegen.row_norms  # noqa: F401  (they define torch.ops.rewrite)
+import rewrite.codegen.row_norms
+import rewrite.codegen.segmented  # noqa: F401  (they define torch.ops.rewrite)
 from rewrite.passes.pattern import Op
 
 aten = torch.ops.aten
@@ -59,6 +60,13 @@ adapted_row_norms = Op(
     torch.ops.rewrite.adapted_row_norms,
     torch.ops.rewrite.adapted_row_norms.default,
 )
+segmented_shrink = Op(
+    "segmented_shrink",
+    ("x", "A", "gate"),
+    torch.ops.rewrite.segmented_shrink,
+    torch.ops.rewrite.segmented_shrink.default,
+)
+split = Op("split", ("input", "sizes", "dim"), torch.split, methods=("split",))
 
 
 def inserted(node: fx.Node) -> bool:

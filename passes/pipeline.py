@@ -26,6 +26,7 @@ from rewrite.passes.loss import LOSS
 from rewrite.passes.operators import add, decode, inserted
 from rewrite.passes.record import GraphRecord, PassRecord
 from rewrite.passes.rule import Rule, apply_rule, apply_rules
+from rewrite.passes.segment import SEGMENT
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ PIPELINE = (
     Pass("canonical", CANONICAL),
     Pass("factor", (*OPEN, FACTOR, *ROWS)),
     Pass("batch", (batch,)),
-    Pass("fuse", FUSE),
+    Pass("fuse", (*FUSE, *SEGMENT)),
     Pass("loss", LOSS),
 )
 
