@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
+from rewrite.codegen.kernels import tune
 from rewrite.errors import RewriteError
 from rewrite.passes import deferred, pipeline
 from rewrite.passes.partition import Partitioner
@@ -122,12 +123,14 @@ def _inductor(
     options: dict[str, Any],
 ) -> Callable[..., Any]:
     # Imported here: Inductor takes a second to load, and `import rewrite` should not.
-    from torch._inductor import list_mode_options
+    from torch._inductor import config, list_mode_options
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
 
     patches: dict[str, Any] = {**(list_mode_options(mode) if mode else {}), **options}
     if record.passes:
         patches["custom_partitioner_fn"] = Partitioner(record, decompositions=select_decomp_table())
+    if patches.get("max_autotune", config.max_autotune):
+        tune.ask()
     # As an argument, not around the call: a backward graph with symbolic sizes is compiled when it first runs.
     return compile_fx(gm, inputs, config_patches=patches)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -125,14 +126,15 @@ class Kernel:
         return _function(self)
 
     def launch(self, *tensors: Any, config: Config | None = None, **sizes: int) -> None:
-        """Run the kernel over its arguments, sizes last; `config` is chosen where it is not given."""
+        """Run the kernel over its arguments, sizes last, on their device; `config` is chosen where it is not given."""
         grid_of = functools.partial(self.grid, **sizes)
         run = functools.partial(_launch, self, grid_of, (*tensors, *sizes.values()))
         device = next((t.device for t in tensors if isinstance(t, torch.Tensor)), None)
-        if config is None:
-            config = _chosen(self, device, run, sizes)
-        if 0 not in grid_of(config):
-            run(config)
+        with torch.cuda.device(device) if device is not None and device.type == "cuda" else contextlib.nullcontext():
+            if config is None:
+                config = _chosen(self, device, run, sizes)
+            if 0 not in grid_of(config):
+                run(config)
 
 
 def _chosen(

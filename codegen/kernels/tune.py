@@ -10,15 +10,23 @@ import torch
 
 T = TypeVar("T")
 _found: dict[Hashable, Any] = {}
+_asked = False
+
+
+def ask() -> None:
+    """Time kernels in this process from now on: a graph was compiled with `mode="max-autotune"`.
+
+    Inductor's configuration says so while it compiles; operators are timed when they first run.
+    """
+    global _asked
+    _asked = True
 
 
 def wanted() -> bool:
     """Whether kernels are timed before they are chosen: `mode="max-autotune"`, or `REWRITE_AUTOTUNE=1`."""
-    if os.environ.get("REWRITE_AUTOTUNE"):
-        return os.environ["REWRITE_AUTOTUNE"] != "0"
-    import torch._inductor.config as config
-
-    return bool(config.max_autotune)
+    if chosen := os.environ.get("REWRITE_AUTOTUNE"):
+        return chosen != "0"
+    return _asked
 
 
 def fastest(key: Hashable, choices: Sequence[T], run: Callable[[T], object], default: T) -> T:

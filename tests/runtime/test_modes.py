@@ -11,6 +11,7 @@ from functorch.compile import make_boxed_func
 from torch._inductor import compile_fx, config
 
 import rewrite
+from rewrite.codegen.kernels import tune
 from tests.models import ONE_LAYER, SPECS, assert_same, batch, build, disturb, step
 
 MODE = "reduce-overhead"
@@ -64,6 +65,17 @@ def test_a_mode_changes_no_number_on_a_cpu(backend: str):
         model = rewrite.compile(build("small"), "lora(r=4)@linear", backend=backend, mode=mode, dynamic=False)
         found.append(step(model, disturb(model, seed=1), batch("small")))
     assert_same(found[0][1], found[1][1])
+
+
+def test_max_autotune_asks_for_timed_kernels(compiles: Compiles, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tune, "_asked", False)
+    monkeypatch.delenv("REWRITE_AUTOTUNE", raising=False)
+    for mode, timed in (("default", False), ("max-autotune-no-cudagraphs", True)):
+        model = rewrite.compile(build("small"), "lora(r=4)@linear", mode=mode, dynamic=False)
+        step(model, model, batch("small"))
+        assert tune.wanted() == timed
+    monkeypatch.setenv("REWRITE_AUTOTUNE", "0")  # has the last word
+    assert not tune.wanted()
 
 
 def test_an_unknown_mode_is_an_error_that_names_the_choices():

@@ -89,6 +89,17 @@ def test_branches(bias, splits, device, monkeypatch):
     close(nf4_linear.product(*arguments), exact, K, torch.bfloat16)
 
 
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
+@pytest.mark.parametrize("number", range(4))
+def test_every_configuration(number, gradient, device):
+    stored_, _, w = stored((200, 224), device)
+    kernel = nf4_linear.Nf4Linear(200, 224, 32, True, gradient, torch.bfloat16, torch.bfloat16)
+    x = torch.randn(131, kernel.length, device=device).bfloat16()
+    y = x.new_full((131, kernel.width), float("nan"))
+    kernel.launch(x, *stored_, y, config=kernel.space(SM90)[number], M=131, chunks=2)
+    close(y, x.double() @ (w if gradient else w.t()), kernel.length, torch.bfloat16)
+
+
 def test_reasons(device):
     stored_, layout, _ = stored((40, 96), device)
     x = torch.randn(3, 96, device=device).bfloat16()
