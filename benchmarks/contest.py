@@ -153,7 +153,7 @@ def run(contest: Contest, names: Sequence[str], ways: Sequence[str], plan: Plan,
 
 def lines(result: Mapping[str, Any]) -> list[str]:
     """A case as a table: time, ratio to ours with its quartiles, memory, largest error."""
-    rows = [("", "way", "time", "over ours", "quartiles", "saved", "peak", "largest error")]
+    rows: list[tuple[str, ...]] = [("", "way", "time", "over ours", "quartiles", "saved", "peak", "largest error")]
     for name, row in result["rows"].items():
         if row.get("failure"):
             rows.append((name, "", row["failure"][:80], "", "", "", "", ""))

@@ -129,7 +129,7 @@ def measure(steps: Mapping[str, Step], device: torch.device, plan: Plan) -> dict
         expected += seconds * counts[name]
     rounds = plan.rounds
     if expected * rounds > plan.seconds:
-        rounds = max(plan.least, int(plan.seconds / expected))
+        rounds = max(min(plan.least, plan.rounds), int(plan.seconds / expected))
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         for shift in range(len(names)):

@@ -69,6 +69,7 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     shrink: int = 1  # divides every size, for machines that are small
+    backend: str = "inductor"  # of ours: `aot_eager` where there is no compiler
 
     @property
     def quantised(self) -> bool:

@@ -33,7 +33,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
         for tokens in args.tokens:
             for shape in args.shapes:
                 ranks = args.ranks if method == "lora" else args.ranks[:1]
-                found += [Case(method, shape, tokens, rank, dtype, device, args.shrink) for rank in ranks]
+                found += [Case(method, shape, tokens, rank, dtype, device, args.shrink, args.backend) for rank in ranks]
     return found
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from checks import compute, errors
-from layers import BOUNDS, PROJECTIONS, SCALE, Batch, Case, Found, Place, Problem, output
+from layers import BOUNDS, PROJECTIONS, SCALE, Batch, Case, Found, Key, Place, Problem, output
 from peers import Builder, Contender, layers_of, peft
 from restated import LlamaLayer, compiled_pointwise
 from torch import nn
@@ -210,16 +210,17 @@ def for_method(case: ModelCase) -> dict[str, Builder]:
 def _liger(problem: ModelProblem, quantised: bool = False) -> Contender:
     """PEFT on a model with Liger's norms, gated products and loss; its patches stay on this model."""
     import transformers.models.llama.modeling_llama as module
-    from liger_kernel.transformers.monkey_patch import apply_liger_kernel_to_llama
+    from liger_kernel.transformers.monkey_patch import apply_liger_kernel_to_llama  # type: ignore[import-not-found]
 
     if problem.case.device.type != "cuda":
         raise RuntimeError("its kernels are Triton's: they need a GPU")
-    before = dict(vars(module))
+    before = dict(module.__dict__)
     found = peft(problem, quantised=quantised)
     try:
-        apply_liger_kernel_to_llama(rope=False, model=found.module.get_base_model())  # type: ignore[operator]
+        base: Any = found.module.get_base_model()  # type: ignore[operator]
+        apply_liger_kernel_to_llama(rope=False, fused_linear_cross_entropy=problem.labels is not None, model=base)
     finally:
-        vars(module).update(before)
+        module.__dict__.update(before)
     return found
 
 
@@ -248,7 +249,7 @@ def _unsloth_path(problem: ModelProblem) -> Contender:
     if problem.case.device.type == "cuda":
         compiled_pointwise()
     model: Any = problem.fresh()
-    held = {k: nn.Parameter(t.to(problem.case.dtype)) for k, t in problem.theta.items()}
+    held: dict[Key, Any] = {k: nn.Parameter(t.to(problem.case.dtype)) for k, t in problem.theta.items()}
     layers: list[LlamaLayer] = []
     for number, layer in enumerate(model.layers):
         first = number * len(PROJECTIONS)

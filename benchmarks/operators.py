@@ -151,7 +151,7 @@ def _products(
     backward: bool,
 ) -> Iterator[Operation]:
     def theirs(x: Tensor) -> Run:
-        from bitsandbytes import matmul_4bit
+        from bitsandbytes.autograd._functions import matmul_4bit
         from bitsandbytes.functional import dequantize_4bit
 
         held = stored.theirs()
@@ -231,7 +231,7 @@ def run(operation: Operation, device: torch.device, plan: Plan, gate: Gate) -> d
 
 def lines(result: Mapping[str, Any]) -> list[str]:
     """An operation as a table."""
-    rows = [("", "time", "over ours", "quartiles", "GB/s", "TFLOP/s", "error")]
+    rows: list[tuple[str, ...]] = [("", "time", "over ours", "quartiles", "GB/s", "TFLOP/s", "error")]
     for name, found in result["rows"].items():
         if found.get("failure"):
             rows.append((name, found["failure"][:90], "", "", "", "", ""))

@@ -104,7 +104,8 @@ def fill(trained: dict[Key, Tensor], problem: Problem) -> None:
 def ours(problem: Problem, mode: str | None = None) -> Contender:
     """`rewrite.compile` on the layers."""
     case = problem.case
-    model = rewrite.compile(problem.fresh(), spec(case), dynamic=False, mode=mode, inputs=problem.sample)
+    given: dict[str, Any] = {"backend": case.backend, "mode": mode, "inputs": problem.sample}
+    model = rewrite.compile(problem.fresh(), spec(case), dynamic=False, **given)
     layers, trained = layers_of(problem, model), dict[Key, Tensor]()
     columns: dict[int, slice] = {}
     for i, place in enumerate(case.places):

@@ -4,6 +4,9 @@ They are our own words for what the publications and releases of those projects 
 there; no code is theirs.  They are labelled as restatements wherever they are reported.
 """
 
+# An autograd.Function names the gradients that it gets; its base class takes them as one tuple.
+# pyright: reportIncompatibleMethodOverride=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -18,7 +21,7 @@ Weight = Callable[[], Tensor]
 """Gives the weight (outputs, inputs) of a layer; decodes it where it is stored in 4 bits."""
 
 
-def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
+def add_low_rank(y: Tensor, x: Tensor, scale: float, A: Tensor, B: Tensor) -> None:
     """y += scale x A' B', in place, by two products."""
     y.addmm_(x @ A.t(), B.t(), alpha=scale)
 
@@ -38,7 +41,7 @@ class LoraPath(torch.autograd.Function):
         for k, weight in enumerate(weights):
             A, B = (t.to(x.dtype) for t in adapters[2 * k : 2 * k + 2])
             y = flat @ weight().t()
-            add_low_rank(y, flat, A, B, scale)
+            add_low_rank(y, flat, scale, A, B)
             ys.append(y.unflatten(0, x.shape[:-1]))
         return tuple(ys)
 
@@ -47,14 +50,14 @@ class LoraPath(torch.autograd.Function):
         x, *adapters = ctx.saved_tensors
         flat, dx, found = x.flatten(0, -2), None, list[Tensor]()
         for k, (weight, dy) in enumerate(zip(ctx.weights, dys, strict=True)):
-            dA, dB, dx = lora_backward(flat, dy.flatten(0, -2), weight, *adapters[2 * k : 2 * k + 2], ctx.scale, dx)
+            dA, dB, dx = lora_backward(flat, dy.flatten(0, -2), weight, ctx.scale, dx, *adapters[2 * k : 2 * k + 2])
             found += [dA, dB]
         assert dx is not None
         return dx.view_as(x), None, None, *found
 
 
 def lora_backward(
-    x: Tensor, dy: Tensor, weight: Weight, A: Tensor, B: Tensor, scale: float, dx: Tensor | None
+    x: Tensor, dy: Tensor, weight: Weight, scale: float, dx: Tensor | None, A: Tensor, B: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dA, dB, and dx with this layer's share added to it."""
     low, high = A.to(x.dtype), B.to(x.dtype)
@@ -106,11 +109,11 @@ class MlpPath(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weights: Sequence[Weight], scale: float, *adapters: Tensor) -> Tensor:
         flat = x.flatten(0, -2)
         gate, up = flat @ weights[0]().t(), flat @ weights[1]().t()
-        add_low_rank(gate, flat, *adapters[0:2], scale)
-        add_low_rank(up, flat, *adapters[2:4], scale)
+        add_low_rank(gate, flat, scale, *adapters[0:2])
+        add_low_rank(up, flat, scale, *adapters[2:4])
         hidden = _gated(gate, up)
         y = hidden @ weights[2]().t()
-        add_low_rank(y, hidden, *adapters[4:6], scale)
+        add_low_rank(y, hidden, scale, *adapters[4:6])
         ctx.weights, ctx.scale = weights, scale
         ctx.save_for_backward(x, gate, up, *adapters)
         return y.unflatten(0, x.shape[:-1])
@@ -127,8 +130,8 @@ class MlpPath(torch.autograd.Function):
         dA, dB = torch.empty_like(A), torch.empty_like(B)
         dA.addmm_(ds.t(), hidden, alpha=scale, beta=0)
         dB.addmm_(dy.t(), hidden @ A.t(), alpha=scale, beta=0)
-        dA_up, dB_up, dx = lora_backward(flat, dup, w_up, *adapters[2:4], scale, None)
-        dA_gate, dB_gate, dx = lora_backward(flat, dgate, w_gate, *adapters[0:2], scale, dx)
+        dA_up, dB_up, dx = lora_backward(flat, dup, w_up, scale, None, *adapters[2:4])
+        dA_gate, dB_gate, dx = lora_backward(flat, dgate, w_gate, scale, dx, *adapters[0:2])
         return dx.view_as(x), None, None, dA_gate, dB_gate, dA_up, dB_up, dA, dB
 
 

@@ -21,6 +21,7 @@ def parser(description: str | None, name: str) -> argparse.ArgumentParser:
     gpu = torch.cuda.is_available()
     found.add_argument("--dtype", default="bfloat16" if gpu else "float32")
     found.add_argument("--device", default="cuda" if gpu else "cpu")
+    found.add_argument("--backend", default="inductor", help="of ours; aot_eager where there is no compiler")
     found.add_argument("--peers", nargs="+", default=(), metavar="NAME", help="contenders beside ours; all of them")
     found.add_argument("--without", nargs="+", default=(), metavar="NAME", help="contenders to leave out")
     found.add_argument("--ways", nargs="+", default=(), choices=WAYS)
@@ -56,7 +57,8 @@ def series(
     """Measure every case, printing each and writing all that there is after each; `totals` go beside the results."""
     torch.backends.cuda.matmul.allow_tf32 = False
     deadline, gate, plan = Deadline(args.seconds), Gate(), Plan(args.rounds, seconds=args.case_seconds)
-    data: dict[str, Any] = {"about": about(torch.device(args.device)), "results": [], "left out": []}
+    data: dict[str, Any] = {"about": about(torch.device(args.device)), "arguments": {}, "results": [], "left out": []}
+    data["arguments"] = {name: str(value) for name, value in vars(args).items()}
     print(headline(data["about"]), flush=True)
     file = args.out / f"{args.name}.json" if args.out else None
     for contest in contests:

@@ -27,7 +27,7 @@ def cases(args: argparse.Namespace) -> list[ModelCase]:
     """The matrix, methods outermost."""
     dtype, device = getattr(torch, args.dtype), torch.device(args.device)
     return [
-        ModelCase(method, model, tokens, rank, dtype, device, args.shrink)
+        ModelCase(method, model, tokens, rank, dtype, device, args.shrink, args.backend)
         for method in args.methods
         for tokens in args.tokens
         for model in args.models
