@@ -1,6 +1,11 @@
 """Codecs of saved activations: floating-point values as 8-bit codes with a scale per group of the last dimension.
 
-The reference in plain PyTorch.  It is what eager runs, and what a pass traces into the graphs that Inductor compiles.
+The reference in plain PyTorch, which a pass traces into the graphs that Inductor compiles, and operators of it for
+eager models, which one kernel computes on a GPU:
+
+- `rewrite::encode_saved(x, codec, group)`                       codes and scales
+- `rewrite::decode_saved(codes, scales, codec, group, dtype)`    the values
+
 A value that is not finite is decoded as NaN, and takes no part in the scale of its group.
 """
 
@@ -13,7 +18,12 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
+from rewrite.codegen.kernels import codecs as kernels
+
 Tensor = torch.Tensor
+_lib = torch.library.Library("rewrite", "FRAGMENT")
+_lib.define("encode_saved(Tensor x, str codec, int group) -> (Tensor, Tensor)")
+_lib.define("decode_saved(Tensor codes, Tensor scales, str codec, int group, ScalarType dtype) -> Tensor")
 
 
 @dataclass(frozen=True)
@@ -134,6 +144,49 @@ class Int8(Codec):
 
 CODECS: dict[str, type[Codec]] = {cls.name: cls for cls in (Fp8, Int8)}
 """The codecs by the name that a spec has for them."""
+
+
+def _encode(x: Tensor, codec: str, group: int) -> tuple[Tensor, ...]:
+    return CODECS[codec](group).encode(x.contiguous())
+
+
+def _decode(codes: Tensor, scales: Tensor, codec: str, group: int, dtype: torch.dtype) -> Tensor:
+    return CODECS[codec](group).decode((codes.contiguous(), scales), dtype)
+
+
+def _encoded_empty(x: Tensor, codec: str, group: int) -> tuple[Tensor, Tensor]:
+    kind = CODECS[codec](group)
+    count = -(-x.shape[-1] // kind.size(x.shape[-1]))
+    codes = torch.empty(x.shape, dtype=kind.code, device=x.device)
+    return codes, x.new_empty((*x.shape[:-1], count), dtype=kind.scale_dtype(x.dtype))
+
+
+def _decoded_empty(codes: Tensor, scales: Tensor, codec: str, group: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(codes.shape, dtype=dtype, device=codes.device)
+
+
+def _encode_cuda(x: Tensor, codec: str, group: int) -> tuple[Tensor, ...]:
+    if kernels.supports(codec, group, x.shape[-1], x.dtype, x.device) is not None:
+        return _encode(x, codec, group)
+    codes, scales = _encoded_empty(x, codec, group)
+    kernels.encode(x, codec, group, codes, scales)
+    return codes, scales
+
+
+def _decode_cuda(codes: Tensor, scales: Tensor, codec: str, group: int, dtype: torch.dtype) -> Tensor:
+    if kernels.supports(codec, group, codes.shape[-1], dtype, codes.device) is not None:
+        return _decode(codes, scales, codec, group, dtype)
+    out = _decoded_empty(codes, scales, codec, group, dtype)
+    kernels.decode(codes, scales, codec, group, out)
+    return out
+
+
+_lib.impl("encode_saved", _encode, "CompositeExplicitAutograd")
+_lib.impl("decode_saved", _decode, "CompositeExplicitAutograd")
+_lib.impl("encode_saved", _encode_cuda, "CUDA")
+_lib.impl("decode_saved", _decode_cuda, "CUDA")
+torch.library.register_fake("rewrite::encode_saved", _encoded_empty, lib=_lib)
+torch.library.register_fake("rewrite::decode_saved", _decoded_empty, lib=_lib)
 
 
 def memory_order(sizes: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:

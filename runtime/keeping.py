@@ -295,7 +295,9 @@ class Encoding:
         key = (storage._cdata, t._version, t.dtype, t.numel(), rows.shape[-1])
         if key not in self.known:
             with torch.no_grad(), torch.autocast(t.device.type, enabled=False):
-                stored = _Stored(tuple(map(self.handed, self.codec.encode(rows.flatten(0, -2)))))
+                codec = self.codec
+                parts = torch.ops.rewrite.encode_saved(rows.flatten(0, -2), codec.name, codec.group)
+                stored = _Stored(tuple(map(self.handed, parts)))
             # The reference keeps the number of a storage that is gone from being used again.
             self.known[key] = StorageWeakRef(storage), stored
         back = tuple(sorted(range(t.ndim), key=order.__getitem__))
@@ -306,7 +308,7 @@ class Encoding:
             return self.returned(held)
         parts = tuple(map(self.returned, held.stored.parts))
         with torch.no_grad(), torch.autocast(parts[0].device.type, enabled=False):
-            rows = self.codec.decode(parts, held.dtype)
+            rows = torch.ops.rewrite.decode_saved(*parts, self.codec.name, self.codec.group, held.dtype)
         return rows.view(held.shape).permute(held.back)
 
     def handed(self, t: Tensor) -> Any:

@@ -108,3 +108,17 @@ def test_inductor_computes_the_same_codes(codec: Codec):
         assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(stored, found, strict=True))
         decoded = torch.compile(lambda *s: codec.decode(s, torch.bfloat16), dynamic=False)(*stored)
         assert torch.equal(decoded, codec.decode(stored, torch.bfloat16))
+
+
+@every_codec
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_operators_are_the_codec(codec: Codec, shape: tuple[int, ...]):
+    x = values(shape, torch.bfloat16)
+    encode = (x, codec.name, codec.group)
+    checks = ["test_faketensor", "test_autograd_registration"]  # others compute with float8, which torch cannot
+    torch.library.opcheck(torch.ops.rewrite.encode_saved.default, encode, test_utils=checks)
+    stored, expected = torch.ops.rewrite.encode_saved(*encode), codec.encode(x)
+    assert all(map(torch.equal, (t.double() for t in stored), (t.double() for t in expected)))
+    decode = (*stored, codec.name, codec.group, torch.bfloat16)
+    torch.library.opcheck(torch.ops.rewrite.decode_saved.default, decode, test_utils=checks)
+    assert torch.equal(torch.ops.rewrite.decode_saved(*decode), codec.decode(expected, torch.bfloat16))
