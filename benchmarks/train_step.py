@@ -13,21 +13,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from harness import OURS, Plan, Step, about, headline, measure, ratios, write
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rewrite
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-OURS = "rewrite"
 
 
 def build(args: argparse.Namespace) -> LlamaForCausalLM:
@@ -45,8 +41,8 @@ def build(args: argparse.Namespace) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(args.device, getattr(torch, args.dtype)).train()
 
 
-def contenders(args: argparse.Namespace) -> dict[str, torch.nn.Module]:
-    """Every contender, adapted and, where it says so, compiled."""
+def contenders(args: argparse.Namespace) -> dict[str, tuple[Callable[..., Any], list[torch.nn.Parameter]]]:
+    """Every contender, adapted and, where it says so, compiled, with what it trains."""
     from peft import LoraConfig, get_peft_model
 
     base = build(args)
@@ -55,72 +51,52 @@ def contenders(args: argparse.Namespace) -> dict[str, torch.nn.Module]:
     spec = f"lora(r={args.rank}{dropout})@linear-head"
     frozen = copy.deepcopy(base).requires_grad_(False)
     frozen.get_input_embeddings().requires_grad_(True)
+    ours = rewrite.compile(copy.deepcopy(base), spec, dynamic=False)
+    eager, compiled = (get_peft_model(copy.deepcopy(base), lora) for _ in range(2))
     return {
-        OURS: rewrite.compile(copy.deepcopy(base), spec, dynamic=False),
-        "peft eager": get_peft_model(copy.deepcopy(base), lora),
-        "peft + compile": torch.compile(get_peft_model(copy.deepcopy(base), lora), dynamic=False),
-        "frozen base": torch.compile(frozen, dynamic=False),
+        OURS: (ours, trained(ours)),
+        "peft eager": (eager, trained(eager)),
+        "peft + compile": (torch.compile(compiled, dynamic=False), trained(compiled)),
+        "frozen base": (torch.compile(frozen, dynamic=False), trained(frozen)),
     }
 
 
-def stepper(model: torch.nn.Module, ids: torch.Tensor) -> Callable[[], float]:
-    """One optimizer step of `model` on a fixed batch; returns seconds."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, foreach=True)
+def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
-    def step() -> float:
-        begin = time.perf_counter()
+
+def stepper(model: Callable[..., Any], trained: Sequence[torch.nn.Parameter], ids: torch.Tensor) -> Step:
+    """One optimizer step of `model` on a fixed batch."""
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, foreach=True)
+
+    def step(_: int) -> None:
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if ids.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begin
 
     return step
-
-
-def measure(steps: dict[str, Callable[[], float]], rounds: int, warmup: int) -> dict[str, list[float]]:
-    """Seconds of every contender in every round, interleaved."""
-    names, times = list(steps), {name: [] for name in steps}
-    for turn in range(-warmup, rounds):
-        for shift in range(len(names)):
-            name = names[(turn + shift) % len(names)]
-            seconds = steps[name]()
-            if turn >= 0:
-                times[name].append(seconds)
-    return times
-
-
-def ratios(times: dict[str, list[float]], base: str) -> dict[str, dict[str, Any]]:
-    """`other / base` round by round: all pairs, median and quartiles."""
-    found = {}
-    for name, values in times.items():
-        if name != base:
-            pairs = [a / b for a, b in zip(values, times[base], strict=True)]
-            low, middle, high = statistics.quantiles(pairs, n=4)
-            found[name] = {"median": middle, "quartiles": [low, high], "pairs": pairs}
-    return found
 
 
 def main() -> None:
     args = arguments()
     torch.manual_seed(1)
-    ids = torch.randint(0, args.vocab, (args.batch, args.tokens), device=args.device)
-    steps = {name: stepper(model, ids) for name, model in contenders(args).items()}
-    times = measure(steps, args.rounds, args.warmup)
+    device = torch.device(args.device)
+    ids = torch.randint(0, args.vocab, (args.batch, args.tokens), device=device)
+    steps = {name: stepper(*made, ids) for name, made in contenders(args).items()}
+    times = measure(steps, device, Plan(args.rounds, warmup=args.warmup))
     found = {f"/ {base}": ratios(times, base) for base in (OURS, "frozen base")}
     print(f"Llama {args.layers} x {args.hidden}, {args.batch} x {args.tokens} tokens, {args.dtype}, LoRA r{args.rank}")
-    machine = platform.processor() or platform.machine()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {machine}\n")
+    print(f"{headline(about(device))}\n")
     for base, table in found.items():
         for name, row in table.items():
-            low, high = row["quartiles"]
-            print(f"{name + ' ' + base:32s} median {row['median']:.3f}   quartiles {low:.3f} .. {high:.3f}")
+            print(
+                f"{name + ' ' + base:32s} median {row['median']:.3f}   quartiles {row['low']:.3f} .. {row['high']:.3f}"
+            )
             if args.pairs:
                 print("   " + " ".join(f"{p:.3f}" for p in row["pairs"]))
     if args.json:
         settings = {name: str(value) for name, value in vars(args).items()}
-        args.json.write_text(json.dumps({"arguments": settings, "torch": torch.__version__, "ratios": found}, indent=1))
+        write(args.json, {"arguments": settings, "about": about(device), "ratios": found})
 
 
 def arguments() -> argparse.Namespace:
