@@ -12,6 +12,7 @@ The bodies here are the references; a device's faster routes are in `rewrite.cod
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -36,6 +37,7 @@ _lib.define(f"adapted_linear_core(Tensor x, Tensor[] weight, str layout, Tensor?
 _lib.define("low_rank(Tensor x, Tensor A, Tensor B, float scale) -> Tensor")
 _lib.define("coarse_activation(Tensor x, str name, int bits, float parameter) -> Tensor")
 _lib.define("linear_input_gradient(Tensor dy, Tensor[] weight, str layout) -> Tensor")
+_lib.define("sliced_gradients(Tensor dy, Tensor W, Tensor h, Tensor B, SymInt start) -> (Tensor, Tensor)")
 
 
 def decode(stored: Sequence[Tensor], layout: str) -> Tensor:
@@ -58,7 +60,8 @@ def adapted_linear(
 
     x (..., d_in); W = decode(weight, layout) (d_out, d_in), frozen; bias (d_out,) or None; per branch
     h (..., r), B (rows, r), its scale, and the output row where it starts.  `skip` = (start, stop) are columns of a
-    dense W that x W' leaves out, since a branch has them.  Returns (..., d_out).
+    dense W that x W' leaves out, since the first branch has them: its h is a copy of x[..., start:stop], its B
+    (d_out, stop - start) stands in their place, and the gradient of x is that of all columns.  Returns (..., d_out).
     """
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -120,6 +123,11 @@ def _core(x, weight, layout, bias, h, B, scale, start, skip):
 
 def _routed_core(x, weight, layout, *rest):
     """The product by a route of the device: of the stored weight, or else of the decoded one."""
+    bias, h, B, scale, start, skip = rest
+    if skip and x.is_cuda and 0 < skip[0] and skip[1] < x.shape[-1]:
+        # Two parts of W are two products, and one more pass over the output than the whole W and a difference.
+        whole = [B[0] - weight[0][:, skip[0] : skip[1]].to(B[0].dtype), *B[1:]]
+        return _routed_core(x, weight, layout, bias, h, whole, scale, start, [])
     if route := routes.of_product(x, weight, layout, *rest):
         return route.product(x, weight, layout, *rest)
     if layout != "dense":
@@ -157,10 +165,17 @@ def _core_backward(ctx, dy):
     saved = ctx.saved_tensors
     weight, h, B = saved[:weights], saved[weights : weights + branches], saved[weights + branches :]
     need_x, _, _, need_bias, need_h, need_B, *_ = ctx.needs_input_grad
-    dx = _input_gradient(dy, weight, ctx.layout, ctx.skip) if need_x else None
     dbias = dy.flatten(0, -2).sum(0) if need_bias else None
-    dh, dB = [], []
-    for hi, Bi, si, at in zip(h, B, ctx.scale, ctx.start, strict=True):
+    dx: Tensor | None = None
+    dh: list[Tensor | None] = []
+    dB: list[Tensor | None] = []
+    if need_x and ctx.skip:  # the gradient of the first h is in that of x
+        dx, first = torch.ops.rewrite.sliced_gradients(dy, weight[0], h[0], B[0], ctx.skip[0])
+        dh, dB = [None], [first]
+    elif need_x:
+        dx = _input_gradient(dy, weight, ctx.layout)
+    branch = zip(h, B, ctx.scale, ctx.start, strict=True)
+    for hi, Bi, si, at in itertools.islice(branch, len(dB), None):
         part = dy if Bi.shape[0] == dy.shape[-1] else dy[..., at : at + Bi.shape[0]]
         low, high = _branch_gradients(part, hi, Bi, si, any(_flat(need_h)), any(_flat(need_B)))
         dh.append(low)
@@ -186,11 +201,7 @@ def _flat(needs: object) -> list[bool]:
     return list(needs) if isinstance(needs, (list, tuple)) else [bool(needs)]
 
 
-def _input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str, skip: Sequence[int] = ()) -> Tensor:
-    if layout == "dense" and skip:
-        W, (start, stop) = weight[0], skip
-        none = dy.new_zeros(*dy.shape[:-1], stop - start)
-        return torch.cat([torch.matmul(dy, W[:, :start]), none, torch.matmul(dy, W[:, stop:])], dim=-1)
+def _input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> Tensor:
     if layout == "dense":  # an ordinary product: Inductor may fuse around it
         return torch.matmul(dy, weight[0])
     return torch.ops.rewrite.linear_input_gradient(dy, weight, layout)
@@ -199,6 +210,18 @@ def _input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str, skip: Seq
 def _input_gradient_core(dy, weight, layout):
     w = decode(weight, layout).to(dy.dtype)
     return torch.mm(dy.reshape(-1, dy.shape[-1]), w).view(*dy.shape[:-1], w.shape[1])
+
+
+def _sliced_gradients(dy, W, h, B, start):
+    """dx and dB of a layer whose columns from `start` on are B: every product goes to its place in dx."""
+    rows, W = dy.reshape(-1, dy.shape[-1]), W.to(dy.dtype)
+    dx = dy.new_empty(*dy.shape[:-1], W.shape[1])
+    flat, stop = dx.view(-1, W.shape[1]), start + B.shape[1]
+    for first, last in _kept((start, stop), W.shape[1]):
+        torch.mm(rows, W[:, first:last], out=flat[:, first:last])
+    dh, dB = torch.ops.rewrite.low_rank_gradients(dy, h, B, 1.0)
+    dx[..., start:stop] = dh
+    return dx, dB
 
 
 def _routed_input_gradient(dy, weight, layout):
@@ -217,6 +240,7 @@ _lib.impl("adapted_linear", adapted_linear, "CompositeImplicitAutograd")
 _lib.impl("low_rank", low_rank, "CompositeExplicitAutograd")
 _lib.impl("adapted_linear_core", _core, "CompositeExplicitAutograd")
 _lib.impl("linear_input_gradient", _input_gradient_core, "CompositeExplicitAutograd")
+_lib.impl("sliced_gradients", _sliced_gradients, "CompositeExplicitAutograd")
 for _device in ("CPU", "CUDA"):
     _lib.impl("adapted_linear_core", _routed_core, _device)
     _lib.impl("linear_input_gradient", _routed_input_gradient, _device)
@@ -226,6 +250,11 @@ torch.library.register_fake(
 torch.library.register_autograd("rewrite::low_rank", _low_rank_backward, setup_context=_low_rank_setup, lib=_lib)
 torch.library.register_fake("rewrite::adapted_linear_core", _core_fake, lib=_lib)
 torch.library.register_fake("rewrite::linear_input_gradient", _input_gradient_fake, lib=_lib)
+torch.library.register_fake(
+    "rewrite::sliced_gradients",
+    lambda dy, W, h, B, start: (dy.new_empty(*dy.shape[:-1], W.shape[1]), torch.empty_like(B)),
+    lib=_lib,
+)
 torch.library.register_autograd("rewrite::adapted_linear_core", _core_backward, setup_context=_core_setup, lib=_lib)
 
 
@@ -244,6 +273,14 @@ def _input_gradient_flops(dy, weight, layout, *, out_shape=None, **_) -> int:
     for size in dy[:-1]:
         tokens *= size
     return 2 * tokens * dy[-1] * (out_shape[-1] if out_shape else 0)
+
+
+@register_flop_formula(torch.ops.rewrite.sliced_gradients)
+def _sliced_flops(dy, W, h, B, start, *, out_shape=None, **_) -> int:
+    tokens = 1
+    for size in dy[:-1]:
+        tokens *= size
+    return 2 * tokens * dy[-1] * (W[1] + B[1])
 
 
 @register_workspace(torch.ops.rewrite.adapted_linear_core)

@@ -8,18 +8,24 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from rewrite.passes.operators import inserted, linear
+from rewrite.passes.operators import add, inserted, linear, sub
 from rewrite.passes.pattern import Captures, Pattern
 from rewrite.passes.rule import rule
 
 
 class Shrink(Pattern):
-    """A down-projection of an adapter: `linear(x, A)` that `insert` made, without a bias, narrower than x."""
+    """A down-projection of an adapter: `linear(x, A)` that `insert` made, without a bias, narrower than x.
+
+    Not the product of a layer that a method states anew, `W x + b` or `W x - ...`: W is no factor, and its copy beside
+    factors would be as large as it is.
+    """
 
     inner = linear("x", "A")
 
     def match(self, node: Any, captures: Captures, matched: list[fx.Node], root: bool = False) -> Captures | None:
         if not isinstance(node, fx.Node) or not inserted(node):
+            return None
+        if any(add.arguments(user) or sub.arguments(user) for user in node.users):
             return None
         found = self.inner.match(node, captures, matched, root)
         if found is None or not isinstance(found["A"], fx.Node):

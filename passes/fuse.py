@@ -91,8 +91,10 @@ def fuse_columns(r, x, stored, layout, b, hs, Bs, scales, starts) -> Any:
         part = part if part.dtype == D.dtype else part.to(D.dtype)
         sum_ = part + D
         sum_ = sum_ if sum_.dtype == x.dtype else sum_.to(x.dtype)
-        new = [*Bs[:i], sum_, *Bs[i + 1 :]]
-        return torch.ops.rewrite.adapted_linear(x, stored, "dense", b, hs, new, scales, starts, [start, stop])
+        hs, Bs, scales, starts = ([each[i], *each[:i], *each[i + 1 :]] for each in (hs, Bs, scales, starts))
+        return torch.ops.rewrite.adapted_linear(
+            x, stored, "dense", b, hs, [sum_, *Bs[1:]], scales, starts, [start, stop]
+        )
     return None
 
 

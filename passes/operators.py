@@ -29,6 +29,7 @@ add = Op(
     aten.add.Tensor,
     methods=("add", "add_"),
 )
+sub = Op("sub", ("input", "other"), operator.sub, torch.sub, aten.sub.Tensor, methods=("sub",))
 mul = Op("mul", ("input", "other"), operator.mul, torch.mul, aten.mul.Tensor, methods=("mul",))
 pad = Op("pad", ("input", "pad", "mode", "value"), F.pad, _nn.pad, aten.pad.default)
 transpose = Op("t", ("input",), torch.t, aten.t.default, methods=("t",))

@@ -99,6 +99,23 @@ def test_cuda_graphs_in_training_and_inference(spec: str):
         torch.testing.assert_close(logits, model.forward(**inputs).logits, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_rows_on_different_adapters(tokens: int):
+    names = ["a", "b", "c", "d"]
+    spec = " + ".join(f"{name}: lora(r={16 + 8 * i})@linear-head" for i, name in enumerate(names))
+    model = build("llama", torch.bfloat16, **SIZES)
+    model = disturb(rewrite.compile(model, spec, dynamic=False), amount=0.02).cuda()
+    inputs = token_batch(6, tokens + 1, "cuda")
+    rewrite.use(model, per_row=["a", "c", None, {"b": 0.5, "d": -1.0}, "d", "a"])
+    found, ours = step(model, model, inputs)
+    reference = exactly(model)
+    _, exact = step(reference, reference.forward, {n: t.cpu() for n, t in inputs.items()})
+    plain, eager = step(model, model.forward, inputs)
+    torch.testing.assert_close(found.loss, plain.loss, rtol=1e-2, atol=1e-2)
+    here, there = error(ours, exact), error(eager, exact)
+    assert not {n: (here[n], there[n]) for n in here if not here[n] <= 1.5 * there[n] + 0.01}
+
+
 @pytest.mark.parametrize("spec", [SPECS["lora"], SPECS["qlora"]])
 def test_autocast(spec: str):
     model = build("llama", torch.float32, **SIZES)
