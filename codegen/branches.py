@@ -1,9 +1,11 @@
-"""The operator of low-rank branches in backward graphs.
+"""Low-rank branches of a product: added to it in place, and the operator of their gradients in backward graphs.
 
 - `rewrite::low_rank_gradients(dy, h, B, scale)`   the gradients of `scale * h B'`, both from one read of dy
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -13,6 +15,15 @@ from rewrite.codegen.kernels import gradients
 Tensor = torch.Tensor
 _lib = torch.library.Library("rewrite", "FRAGMENT")
 _lib.define("low_rank_gradients(Tensor dy, Tensor h, Tensor B, float scale) -> (Tensor, Tensor)")
+
+
+def add_branches(
+    y: Tensor, h: Sequence[Tensor], B: Sequence[Tensor], scale: Sequence[float], start: Sequence[int]
+) -> None:
+    """`y[:, start : start + len(B)] += scale * h B'` for every branch: y (M, N), h (..., r), B (rows, r)."""
+    for hi, Bi, si, at in zip(h, B, scale, start, strict=True):
+        part = y if Bi.shape[0] == y.shape[1] else y[:, at : at + Bi.shape[0]]
+        part.addmm_(hi.reshape(-1, hi.shape[-1]), Bi.t(), alpha=si)
 
 
 def _gradients(dy: Tensor, h: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:

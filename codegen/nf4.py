@@ -144,7 +144,7 @@ def dequantize(
         RewriteError: a size or dtype does not fit; a half-precision `absmax` has lost bits and is refused.
     """
     numel = math.prod(shape)
-    _check_packed(codes, absmax, numel, blocksize)
+    check_stored(codes, absmax, (), numel, blocksize)
     codes, absmax = codes.reshape(-1), absmax.to(torch.float32)
     table = _pair_table(codes)
     if not (_is_eager(codes) and codes.device.type == "cpu"):
@@ -204,7 +204,12 @@ def _check_blocksize(blocksize: int) -> None:
         raise RewriteError(f"an NF4 block has {', '.join(map(str, BLOCKSIZES))} elements, not {blocksize}")
 
 
-def _check_packed(codes: Tensor, absmax: Tensor, numel: int, blocksize: int) -> None:
+def check_stored(codes: Tensor, absmax: Tensor, nested: Sequence[Tensor], numel: int, blocksize: int) -> None:
+    """Refuse tensors that are not those of `numel` weights; `nested` are absmax, code and offset of the scales, or ().
+
+    Raises:
+        RewriteError: a size or dtype does not fit; half-precision scales have lost bits and are refused.
+    """
     _check_blocksize(blocksize)
     if codes.dtype != torch.uint8 or codes.numel() != (numel + 1) // 2:
         raise RewriteError(
@@ -215,7 +220,22 @@ def _check_packed(codes: Tensor, absmax: Tensor, numel: int, blocksize: int) -> 
             f"{numel} NF4 weights in blocks of {blocksize} have absmax [{-(-numel // blocksize)}], "
             f"not {list(absmax.shape)}"
         )
-    _check_precision(absmax)
+    if nested:
+        _check_nested(absmax, *nested)
+    else:
+        _check_precision(absmax)
+
+
+def _check_nested(codes: Tensor, nested_absmax: Tensor, nested_code: Tensor, offset: Tensor) -> None:
+    count = codes.numel()
+    if codes.dtype != torch.uint8 or nested_absmax.numel() != -(-count // NESTED_BLOCKSIZE):
+        raise RewriteError(
+            f"{count} scales of uint8 have {-(-count // NESTED_BLOCKSIZE)} second-level scales, "
+            f"these are {codes.dtype} and have {nested_absmax.numel()}"
+        )
+    if nested_code.numel() != 256:
+        raise RewriteError(f"the code book of doubly quantised scales has 256 values, not {nested_code.numel()}")
+    _check_precision(nested_absmax, nested_code, offset)
 
 
 def _check_precision(*scales: Tensor) -> None:
@@ -302,15 +322,8 @@ def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_code: Tensor,
     Raises:
         RewriteError: a size does not fit; half-precision scales have lost bits and are refused.
     """
+    _check_nested(codes, nested_absmax, nested_code, offset)
     count = codes.numel()
-    if codes.dtype != torch.uint8 or nested_absmax.numel() != -(-count // NESTED_BLOCKSIZE):
-        raise RewriteError(
-            f"{count} scales of uint8 have {-(-count // NESTED_BLOCKSIZE)} second-level scales, "
-            f"these are {codes.dtype} and have {nested_absmax.numel()}"
-        )
-    if nested_code.numel() != 256:
-        raise RewriteError(f"the code book of doubly quantised scales has 256 values, not {nested_code.numel()}")
-    _check_precision(nested_absmax, nested_code, offset)
     blocks = nested_absmax.to(torch.float32).repeat_interleave(NESTED_BLOCKSIZE)[:count]
     return nested_code.to(torch.float32).index_select(0, codes.int()) * blocks + offset.to(torch.float32)
 

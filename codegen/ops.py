@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-import rewrite.codegen.branches
-import rewrite.codegen.weights  # noqa: F401  (they define rewrite::low_rank_gradients, low_rank_weight)
+import rewrite.codegen.weights  # noqa: F401  (defines rewrite::low_rank_weight)
 from rewrite.codegen import routes
 from rewrite.codegen.activations import coarse_activation
+from rewrite.codegen.branches import add_branches
 from rewrite.codegen.storage import layout as parse_layout
 from rewrite.codegen.workspace import register_workspace
 from rewrite.errors import RewriteError
@@ -115,9 +115,7 @@ def _core(x, weight, layout, bias, h, B, scale, start, skip):
         torch.addmm(bias, rows[:, first:last], w[:, first:last].t(), out=y)
     for first, last in rest:
         y.addmm_(rows[:, first:last], w[:, first:last].t())
-    for hi, Bi, si, at in zip(h, B, scale, start, strict=True):
-        part = y if Bi.shape[0] == y.shape[1] else y[:, at : at + Bi.shape[0]]
-        part.addmm_(hi.reshape(-1, hi.shape[-1]), Bi.t(), alpha=si)
+    add_branches(y, h, B, scale, start)
     return out
 
 

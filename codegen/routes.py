@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from rewrite.codegen.cpu import nf4_linear as cpu_nf4_linear
 from rewrite.codegen.kernels import linear, nf4_linear
 
 Tensor = torch.Tensor
@@ -36,7 +37,7 @@ class Route(Protocol):
         ...
 
 
-ROUTES: dict[str, tuple[Route, ...]] = {"cpu": (), "cuda": (nf4_linear, linear)}
+ROUTES: dict[str, tuple[Route, ...]] = {"cpu": (cpu_nf4_linear,), "cuda": (nf4_linear, linear)}
 """The routes of each type of device; the first that supports a product computes it."""
 
 

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from rewrite.codegen import nf4
+from rewrite.codegen.cpu import nf4 as cpu_nf4
 from rewrite.codegen.kernels import nf4 as nf4_kernels
 
 Tensor = torch.Tensor
@@ -49,8 +50,9 @@ class Nf4:
     blocksize: int = 64
 
     def decode(self, *stored: Tensor) -> Tensor:
-        if (weight := nf4_kernels.decoded(stored, self.shape, self.dtype, self.blocksize)) is not None:
-            return weight
+        for kernels in (nf4_kernels, cpu_nf4):
+            if (weight := kernels.decoded(stored, self.shape, self.dtype, self.blocksize)) is not None:
+                return weight
         codes, absmax, *nested = stored
         if nested:
             absmax = nf4.dequantize_absmax(absmax, *nested)
@@ -74,3 +76,15 @@ def layout(text: str) -> Layout:
     if kind != "nf4":
         raise ValueError(f"unknown storage layout {text!r}")
     return Nf4(tuple(map(int, size.split("x"))), getattr(torch, dtype), int(blocksize))
+
+
+_ON_CPU = {"nf4": cpu_nf4.route}
+
+
+def route_on_cpu(kind: str) -> str:
+    """What computes with weights of a storage format on a CPU, and why not kernels where it is not them.
+
+    >>> route_on_cpu("dense")
+    'PyTorch operators'
+    """
+    return _ON_CPU[kind]() if kind in _ON_CPU else "PyTorch operators"

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from torch import nn
 
 from rewrite.bind import bind
+from rewrite.codegen.storage import route_on_cpu
 from rewrite.methods import registry
 from rewrite.parser import parse
 from rewrite.passes.record import GraphRecord, PassRecord, group, summarise
@@ -52,7 +53,7 @@ def explain(model: nn.Module) -> Explanation:
         _head(model, state, held),
         _placements(state),
         _base(held),
-        _start(state) + _routes(state) + _regimes(model, state) + _use(model, state),
+        _start(state) + _kernels(state, held) + _routes(state) + _regimes(model, state) + _use(model, state),
     ]
     parts.append(_calls(model, state, records))
     parts += _graphs(records, state)
@@ -119,6 +120,13 @@ def _start(state: Attachment) -> list[str]:
         text += f"; {', '.join(rounding)} rounds what the backward reads, the forward is exact"
     approximate = [str(b.clause) for b in bound if b.clause.approximate]
     return [f"step 0: {text}", f"approximate: {', '.join(approximate) or 'nothing'}"]
+
+
+def _kernels(state: Attachment, held: Sequence[Held]) -> list[str]:
+    """What computes with the weights that are stored in another format on the CPU, and why not the faster way."""
+    stored = {h.storage for h in held if h.base and h.device == "cpu"}
+    names = dict.fromkeys(r["method"] for r, g in zip(state.sites, state.grafts, strict=True) if g.where == "storage")
+    return [f"{name} on the CPU: {route_on_cpu(name)}" for name in names if name in stored]
 
 
 def _routes(state: Attachment) -> list[str]:

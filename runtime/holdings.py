@@ -30,6 +30,7 @@ class Held:
     parameters: int
     bytes: int
     trains: bool
+    device: str
 
     @property
     def base(self) -> bool:
@@ -52,7 +53,7 @@ def holdings(model: nn.Module) -> list[Held]:
             seen.add(id(tensor))
             full = f"{path}.{name}" if path else name
             count = tensor.numel() * tensor.dtype.itemsize
-            found.append(Held(full, storage, tensor.dtype, parameters, count, tensor.requires_grad))
+            found.append(Held(full, storage, tensor.dtype, parameters, count, tensor.requires_grad, tensor.device.type))
     return found
 
 

@@ -1,0 +1,176 @@
+"""C++ sources -> shared libraries: compiled at first use, kept in the user's cache, loaded once a process.
+
+The sources have a plain C interface and include no header of PyTorch, so that compiling takes a second or two, and
+threads are those of OpenMP, which PyTorch's own are.  Whatever goes wrong has a reason (`Build.failure`), and the
+caller falls back to PyTorch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from rewrite.codegen import cache
+
+SWITCH = "REWRITE_CPU_KERNELS"  # set to 0, it keeps every C++ kernel away
+_COMPILERS = ("c++", "g++", "clang++")
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-Wno-psabi")
+_SETS = {  # instruction sets by what PyTorch calls them; the sources look at the compiler's macros
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
+}
+_PATIENCE = 1.5  # seconds of silence
+_LONGEST = 300  # seconds for a compiler, or for another process that compiles the same
+
+
+def instruction_set() -> str:
+    """The vector instructions to compile for: those that PyTorch uses here (`ATEN_CPU_CAPABILITY` lowers them).
+
+    >>> instruction_set() in ("AVX512", "AVX2", "portable")
+    True
+    """
+    found = torch.backends.cpu.get_cpu_capability()
+    return found if found in _SETS else "portable"
+
+
+@dataclass
+class Build:
+    """One source for one instruction set.
+
+    `library()` compiles and loads it the first time; `failure` is then why there is none, or None.
+    """
+
+    source: Path
+    target: str
+    failure: str | None = None
+    threads: bool = True  # whether the compiler has OpenMP
+    _loaded: ctypes.CDLL | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def library(self) -> ctypes.CDLL | None:
+        """The loaded library; None where it cannot be had, for the reason `refusal()`."""
+        if switched_off():
+            return None
+        if self._loaded is None and self.failure is None:
+            with self._lock:
+                if self._loaded is None and self.failure is None:
+                    self._load()
+        return self._loaded
+
+    def refusal(self) -> str | None:
+        """Why the library is not used, as far as is known without compiling; None if nothing speaks against it."""
+        return f"{SWITCH}=0" if switched_off() else self.failure
+
+    @property
+    def loaded(self) -> bool:
+        return self._loaded is not None
+
+    def _load(self) -> None:
+        try:
+            path, self.threads = _compiled(self.source, self.target)
+            self._loaded = ctypes.CDLL(str(path))
+        except (OSError, _Failed) as error:  # no compiler, or one that refuses
+            self.failure = " ".join(str(error).split())
+
+
+def switched_off() -> bool:
+    """Whether the user keeps the C++ kernels away (`REWRITE_CPU_KERNELS=0`)."""
+    return os.environ.get(SWITCH) == "0"
+
+
+@functools.cache
+def build(source: Path, target: str) -> Build:
+    """The one `Build` of a source for an instruction set in this process."""
+    return Build(source, target)
+
+
+class _Failed(Exception):
+    pass
+
+
+def _compiled(source: Path, target: str) -> tuple[Path, bool]:
+    """(library, whether it has threads), compiled by this process or before."""
+    compiler = _compiler()
+    reasons = []
+    for threads in (("-fopenmp",), ()):  # Apple's compiler has no OpenMP
+        command = (compiler, *_FLAGS, *_SETS.get(target, ()), *threads)
+        path = cache.folder("cpu") / f"{source.stem}-{target.lower()}-{_digest(source, command)}.so"
+        try:
+            _compile(command, source, path)
+            return path, bool(threads)
+        except _Failed as error:
+            reasons.append(str(error))
+    raise _Failed(reasons[-1])
+
+
+def _compiler() -> str:
+    chosen = os.environ.get("CXX")
+    for name in (chosen,) if chosen else _COMPILERS:
+        if found := shutil.which(name):
+            return found
+    raise _Failed(f"CXX={chosen} is not a program" if chosen else "no C++ compiler; install one, or set CXX to it")
+
+
+def _digest(source: Path, command: tuple[str, ...]) -> str:
+    # The file of the compiler and its date stand for its version, which would take a process to ask for.
+    stamp = os.stat(command[0]).st_mtime_ns
+    text = "\0".join((*command, str(stamp), platform.machine()))
+    return hashlib.sha256(source.read_bytes() + text.encode()).hexdigest()[:16]
+
+
+def _compile(command: tuple[str, ...], source: Path, path: Path) -> None:
+    if path.exists():
+        return
+    with FileLock(f"{path}.lock", timeout=_LONGEST):  # its Timeout is an OSError
+        if path.exists():  # another process was first
+            return
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder, _patience(source):
+            made = Path(folder) / path.name
+            _run([*command, str(source), "-o", str(made)])
+            os.replace(made, path)  # in one step: whoever looks finds all of it or nothing
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise _Failed(f"{command[0]} took more than {_LONGEST} s") from error
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        told = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
+        raise _Failed(f"{command[0]} failed ({done.returncode}): {told}")
+
+
+@contextlib.contextmanager
+def _patience(source: Path) -> Iterator[None]:
+    """Says what is being waited for, once it takes long."""
+    begin = time.perf_counter()
+
+    def tell() -> None:
+        print(f"rewrite: compiling {source.name} for this CPU, once ...", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(_PATIENCE, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if time.perf_counter() - begin > _PATIENCE:
+            timer.join()

@@ -1,0 +1,396 @@
+"""NF4 by the C++ kernels: decoding bit for bit, products against float64, and every way there is none."""
+
+from __future__ import annotations
+
+import doctest
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import rewrite
+from rewrite.codegen import nf4, storage
+from rewrite.codegen.cpu import build
+from rewrite.codegen.cpu import nf4 as cpu_nf4
+from rewrite.errors import RewriteError
+
+ROOT = Path(__file__).parents[2]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = ((1, 1), (3, 5), (5, 7), (6, 10), (33, 65), (31, 66), (64, 130), (48, 128), (3, 4098), (2, 8200))
+BUILDS = [t for t in ("AVX512", "AVX2", "portable") if t <= build.instruction_set() or t == "portable"]
+# The unit roundoff: what rounding a number to nearest changes of it at most.
+EPS = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+def compiler() -> bool:
+    return any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+
+
+pytestmark = pytest.mark.skipif(not compiler(), reason="no C++ compiler")
+
+
+@pytest.fixture(params=BUILDS)
+def kernels(request: pytest.FixtureRequest) -> build.Build:
+    found = cpu_nf4.kernels(request.param)
+    assert found.library() is not None, found.failure
+    return found
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor, so that -0.0 differs from 0.0."""
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def stored(shape, blocksize=64, double_quant=False, scale=1.0) -> tuple[torch.Tensor, ...]:
+    """What a random weight is stored as."""
+    generator = torch.Generator().manual_seed(math.prod(shape) + blocksize)
+    codes, absmax = nf4.quantize(torch.randn(shape, generator=generator) * scale, blocksize)
+    if not double_quant:
+        return codes, absmax
+    small, nested_absmax, offset = nf4.quantize_absmax(absmax)
+    return codes, small, nested_absmax, nf4.dynamic_map(), offset
+
+
+def reference(parts, shape, dtype, blocksize=64) -> torch.Tensor:
+    codes, absmax, *nested = parts
+    absmax = nf4.dequantize_absmax(absmax, *nested) if nested else absmax
+    return nf4.dequantize(codes, absmax, shape, dtype, blocksize)
+
+
+def packed(parts, shape, dtype, blocksize=64, kernels=None) -> cpu_nf4.Packed:
+    assert cpu_nf4.unreadable(parts, kernels) is None
+    return cpu_nf4.Packed(parts, shape, dtype, blocksize, kernels)
+
+
+# --- decoding ---
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_decodes_bit_for_bit(kernels, shape, dtype, double_quant):
+    for blocksize in nf4.BLOCKSIZES:
+        parts = stored(shape, blocksize, double_quant)
+        found = packed(parts, shape, dtype, blocksize, kernels).decode()
+        assert found.dtype == dtype
+        assert torch.equal(bits(found), bits(reference(parts, shape, dtype, blocksize))), blocksize
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1e-42, 1e-38, 3e-8, 6e-5, 7e4, 1e38])
+def test_decodes_subnormal_and_overflowing_values(kernels, dtype, scale):
+    parts = stored((7, 64), scale=scale)
+    found = packed(parts, (7, 64), dtype, kernels=kernels).decode()
+    assert torch.equal(bits(found), bits(reference(parts, (7, 64), dtype)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_code_with_every_exponent(kernels, dtype):
+    absmax = torch.tensor([1.2345 * 2.0**e for e in range(-126, 127)])
+    codes = torch.arange(256, dtype=torch.uint8).reshape(16, 16).repeat(253, 1).reshape(-1)[: 253 * 16]
+    found = packed((codes, absmax), (253, 32), dtype, 32, kernels).decode()
+    assert torch.equal(bits(found), bits(nf4.dequantize(codes, absmax, (253, 32), dtype, 32)))
+
+
+def test_infinite_and_missing_scales_stay_so(kernels):
+    codes, _ = stored((3, 64))
+    absmax = torch.tensor([math.inf, math.nan, -math.inf])
+    for dtype in DTYPES:
+        found = packed((codes, absmax), (3, 64), dtype, kernels=kernels).decode()
+        torch.testing.assert_close(found, nf4.dequantize(codes, absmax, (3, 64), dtype), equal_nan=True, rtol=0, atol=0)
+
+
+def test_decodes_views_doubles_and_stacks(kernels):
+    shape = (3, 5, 70)
+    codes, absmax = stored(shape)
+    wide = torch.stack([absmax.double(), absmax.double()], dim=1)[:, 0]
+    tall = torch.stack([codes, codes], dim=1)[:, 0]
+    found = packed((tall, wide), shape, torch.bfloat16, kernels=kernels).decode()
+    assert torch.equal(bits(found), bits(reference((codes, absmax), shape, torch.bfloat16)))
+
+
+def test_refuses_what_does_not_fit():
+    codes, absmax = stored((5, 70))
+    with pytest.raises(RewriteError, match="350 NF4 weights are 175 elements"):
+        packed((codes[1:], absmax), (5, 70), torch.float32)
+    with pytest.raises(RewriteError, match="absmax"):
+        packed((codes, absmax[1:]), (5, 70), torch.float32)
+    with pytest.raises(RewriteError, match="lost bits"):
+        packed((codes, absmax.half()), (5, 70), torch.float32)
+    parts = stored((5, 70), double_quant=True)
+    with pytest.raises(RewriteError, match="256 values"):
+        packed((*parts[:3], parts[3][1:], parts[4]), (5, 70), torch.float32)
+    with pytest.raises(RewriteError, match="second-level"):
+        packed((*parts[:2], parts[2].repeat(2), *parts[3:]), (5, 70), torch.float32)
+
+
+# --- products ---
+
+
+def bound(x: torch.Tensor, w: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """|x| |w| times what float32 sums of n terms lose, and one rounding to the result's dtype."""
+    exact, size = x.double() @ w.double(), x.double().abs() @ w.double().abs()
+    return size * (w.shape[0] + 8) * 2**-24 + exact.abs() * EPS[dtype] * 1.01 + 2**-24
+
+
+CASES = [((33, 65), 64), ((130, 64), 32), ((65, 1100), 4096), ((70, 34), 32), ((1030, 48), 64), ((5, 1025), 128)]
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 7, 16, 49, 70])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "blocksize"), CASES)
+def test_products(kernels, shape, blocksize, dtype, tokens):
+    parts = stored(shape, blocksize, double_quant=True)
+    weight = packed(parts, shape, dtype, blocksize, kernels)
+    w, bias = reference(parts, shape, dtype, blocksize), torch.randn(shape[0]).to(dtype)
+    x, dy = torch.randn(tokens, shape[1]).to(dtype), torch.randn(tokens, shape[0]).to(dtype)
+    out = torch.empty(tokens, shape[0], dtype=dtype)
+    weight.product(x, None, out)
+    assert ((out.double() - x.double() @ w.double().t()).abs() <= bound(x, w.t(), dtype)).all()
+    weight.product(x, bias, out)
+    expected = x.double() @ w.double().t() + bias.double()
+    assert ((out.double() - expected).abs() <= bound(x, w.t(), dtype) + EPS[dtype] * (expected.abs() + 1)).all()
+    dx = weight.input_gradient(dy)
+    assert dx.shape == x.shape
+    assert ((dx.double() - dy.double() @ w.double()).abs() <= bound(dy, w, dtype)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_the_weight_is_rounded_as_it_is_decoded(kernels, dtype, tokens):
+    """A product takes the weight in its own dtype, then in that of x: not the numbers before rounding."""
+    shape = (40, 96)
+    parts = stored(shape)
+    other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+    w = reference(parts, shape, other).to(dtype)
+    picks = 3 * torch.eye(96)[:tokens].to(dtype)
+    out = torch.empty(tokens, 40, dtype=dtype)
+    packed(parts, shape, other, kernels=kernels).product(picks, None, out)
+    assert torch.equal(out, (3 * w.float().t()[:tokens]).to(dtype))
+    picks = 3 * torch.eye(tokens, 40).to(dtype)
+    dx = packed(parts, shape, other, kernels=kernels).input_gradient(picks)
+    assert torch.equal(dx[:40], (3 * w.float()[:tokens]).to(dtype))
+
+
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_products_without_16_bit_hardware(kernels, monkeypatch, tokens):
+    monkeypatch.setattr(cpu_nf4, "_product_dtype", lambda dtype: torch.float32)
+    shape, dtype = (65, 130), torch.bfloat16
+    parts = stored(shape)
+    w, x = reference(parts, shape, dtype), torch.randn(tokens, 130).to(dtype)
+    bias, out = torch.randn(65).to(dtype), torch.empty(tokens, 65, dtype=dtype)
+    packed(parts, shape, dtype, kernels=kernels).product(x, bias, out)
+    expected = x.double() @ w.double().t() + bias.double()
+    assert ((out.double() - expected).abs() <= bound(x, w.t(), dtype) + EPS[dtype] * (expected.abs() + 1)).all()
+    dx = packed(parts, shape, dtype, kernels=kernels).input_gradient(out)
+    assert ((dx.double() - out.double() @ w.double()).abs() <= bound(out, w, dtype)).all()
+
+
+def test_products_by_pieces(kernels, monkeypatch):
+    monkeypatch.setattr(cpu_nf4, "_PIECE", 8000)
+    shape = (201, 333)
+    parts = stored(shape)
+    w, x = reference(parts, shape, torch.float64), torch.randn(50, 333)
+    out = torch.empty(50, 201)
+    weight = packed(parts, shape, torch.float32, kernels=kernels)
+    weight.product(x, None, out)
+    assert ((out.double() - x.double() @ w.t()).abs() <= bound(x, w.t(), torch.float32)).all()
+    assert ((weight.input_gradient(out).double() - out.double() @ w).abs() <= bound(out, w, torch.float32)).all()
+    weight = packed(parts, shape, torch.float64, kernels=kernels)
+    out = out.double()
+    weight.product(x.double(), None, out)
+    torch.testing.assert_close(out, x.double() @ w.t(), rtol=1e-13, atol=1e-13)
+
+
+def test_few_tokens_are_summed_alike_for_any_number_of_threads(kernels):
+    shape = (2050, 1100)
+    weight = packed(stored(shape), shape, torch.float32, kernels=kernels)
+    x, dy, threads = torch.randn(5, 1100), torch.randn(5, 2050), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            out = torch.empty(5, 2050)
+            weight.product(x, None, out)
+            found.append((out, weight.input_gradient(dy), weight.decode()))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+# --- the operator ---
+
+
+def call(layout, parts, x, bias, h, B):
+    return torch.ops.rewrite.adapted_linear(
+        x, list(parts), str(layout), bias, [h, h[..., :2]], [B, B[:9, :2]], [0.5, 2.0], [0, 3]
+    )
+
+
+@pytest.mark.parametrize("tokens", [(1,), (0,), (2, 3), (2, 40)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_whole_operator_and_its_gradients(monkeypatch, tokens, dtype, double_quant, biased):
+    shape = (33, 65)
+    layout, parts = storage.Nf4(shape, dtype), stored(shape, double_quant=double_quant)
+    x = torch.randn(65, *tokens).to(dtype).movedim(0, -1)  # not contiguous
+    h, B, bias = torch.randn(*tokens, 4).to(dtype), torch.randn(33, 4).to(dtype), torch.randn(33).to(dtype)
+    leaves = [t.requires_grad_() for t in (x, h, B, *([bias] if biased else []))]
+    dy = torch.randn(33, *tokens).to(dtype).movedim(0, -1)
+    results = []
+    for switch in ("1", "0"):
+        monkeypatch.setenv(build.SWITCH, switch)
+        y = call(layout, parts, x, bias if biased else None, h, B)
+        results.append([y, *torch.autograd.grad(y, leaves, dy)])
+    w = reference(parts, shape, dtype).double()
+    for found, other in zip(*results, strict=True):
+        assert (found.shape, found.dtype, found.stride()) == (other.shape, other.dtype, other.stride())
+        size = max(float(w.abs().sum()), 1.0)  # both round the same sums
+        torch.testing.assert_close(found, other, rtol=4 * EPS[dtype], atol=8 * EPS[dtype] * math.sqrt(size))
+
+
+def test_autocast():
+    shape = (33, 65)
+    parts, x = stored(shape), torch.randn(3, 65, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = torch.ops.rewrite.adapted_linear(
+            x, list(parts), str(storage.Nf4(shape, torch.float32)), None, [], [], [], []
+        )
+    assert y.dtype == torch.bfloat16
+    w, low = reference(parts, shape, torch.bfloat16), x.detach().bfloat16()
+    assert ((y.double() - low.double() @ w.double().t()).abs() <= bound(low, w.t(), torch.bfloat16)).all()
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert dx.dtype == torch.float32
+    torch.testing.assert_close(dx, torch.ones(3, 33) @ w.float(), rtol=2**-8, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_equals_eager(backend):
+    layers = torch.nn.Sequential(torch.nn.Linear(65, 33), torch.nn.GELU(), torch.nn.Linear(33, 7))
+    model = rewrite.compile(layers, "lora(r=4)@linear + nf4(linear)", backend=backend)
+    x = torch.randn(5, 65)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(model.forward(x).square().sum(), trained)
+    found = torch.autograd.grad(model(x).square().sum(), trained)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    text = rewrite.explain(model)
+    assert "rewrite.adapted_linear" in text
+    assert "nf4 on the CPU: C++ kernels" in text
+
+
+def test_a_traced_decode_has_no_kernel_in_it():
+    parts, layout = stored((6, 70)), storage.Nf4((6, 70), torch.bfloat16)
+    graph = torch.fx.experimental.proxy_tensor.make_fx(layout.decode, tracing_mode="fake")(*parts)
+    assert torch.equal(graph(*parts), layout.decode(*parts))
+    assert not any("empty" in str(n.target) for n in graph.graph.nodes)
+    compiled = torch.compile(layout.decode, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(*parts), layout.decode(*parts))
+    assert layout.decode(*(t.to("meta") for t in parts)).shape == (6, 70)
+
+
+# --- without kernels ---
+
+
+def test_switched_off(monkeypatch):
+    monkeypatch.setenv(build.SWITCH, "0")
+    parts = stored((5, 70))
+    assert cpu_nf4.unreadable(parts) == "REWRITE_CPU_KERNELS=0"
+    assert cpu_nf4.decoded(parts, (5, 70), torch.float32, 64) is None
+    model = rewrite.attach(torch.nn.Sequential(torch.nn.Linear(70, 5)), "nf4(linear)")
+    x = torch.randn(3, 70)
+    torch.testing.assert_close(model(x), F.linear(x, model[0].weight, model[0].bias))
+    assert "nf4 on the CPU: PyTorch operators, no C++ kernels: REWRITE_CPU_KERNELS=0" in rewrite.explain(model)
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A cache with nothing in it, and kernels that were not asked for before."""
+    monkeypatch.setenv("REWRITE_CACHE", str(tmp_path))
+    build.build.cache_clear()
+    yield tmp_path / "cpu"
+    build.build.cache_clear()
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def model_and_text() -> tuple[torch.Tensor, str]:
+    model = rewrite.attach(torch.nn.Sequential(torch.nn.Linear(70, 5)), "nf4(linear)")
+    return model(torch.ones(3, 70)), re.search(r"nf4 on the CPU: (.*)", rewrite.explain(model)).group(1)
+
+
+def test_nothing_is_compiled_before_the_first_product(fresh: Path):
+    model = rewrite.attach(torch.nn.Sequential(torch.nn.Linear(70, 5)), "nf4(linear)")
+    assert rewrite.explain(model).count("compiled at the first use") == 1
+    assert not fresh.exists()
+    model(torch.ones(1, 70))
+    assert len(list(fresh.glob("nf4-*.so"))) == 1
+    assert "compiled at" not in rewrite.explain(model)
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"CXX": "no-such-compiler"}, "CXX=no-such-compiler is not a program"),
+        ({"CXX": "false"}, r"\S*/false failed \(1\): no message"),
+        ({"PATH": ""}, "no C\\+\\+ compiler; install one, or set CXX to it"),
+    ],
+    ids=["missing", "broken", "none"],
+)
+def test_falls_back_and_says_why(fresh: Path, monkeypatch, environment, reason):
+    expected, _ = model_and_text()
+    build.build.cache_clear()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    torch.manual_seed(0)
+    found, text = model_and_text()
+    assert found.shape == expected.shape
+    assert re.fullmatch(f"PyTorch operators, no C\\+\\+ kernels: {reason}", text)
+
+
+def test_a_compiler_that_refuses_openmp(fresh: Path, monkeypatch, tmp_path: Path):
+    refusal = 'case "$*" in *-fopenmp*) echo "error: no OpenMP" >&2; exit 1;; esac'
+    wrapper = script(tmp_path / "plain-c++", f'{refusal}\nexec {shutil.which("c++")} "$@"')
+    monkeypatch.setenv("CXX", str(wrapper))
+    parts = stored((65, 70))
+    assert torch.equal(packed(parts, (65, 70), torch.bfloat16).decode(), reference(parts, (65, 70), torch.bfloat16))
+    assert cpu_nf4.route().endswith("one thread: the compiler has no OpenMP")
+
+
+def test_two_processes_compile_once(fresh: Path, tmp_path: Path):
+    log = tmp_path / "calls"
+    wrapper = script(tmp_path / "slow-c++", f'echo call >> {log}\nsleep 2\nexec {shutil.which("c++")} "$@"')
+    code = """
+from rewrite.codegen.cpu import nf4
+found = nf4.kernels()
+assert found.library() is not None, found.failure
+"""
+    environment = {**os.environ, "CXX": str(wrapper), "REWRITE_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "error", "-c", code]
+    both = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    assert log.read_text() == "call\n"
+    assert sorted(told) == ["", "rewrite: compiling nf4.cpp for this CPU, once ...\n"]  # told by the one that compiles
+    assert len(list(fresh.glob("nf4-*.so"))) == 1
+
+
+@pytest.mark.parametrize("module", [build, cpu_nf4, storage])
+def test_docstring_examples(module):
+    assert doctest.testmod(module).failed == 0
