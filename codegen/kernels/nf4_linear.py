@@ -16,7 +16,7 @@ from rewrite.codegen.kernels import tune
 from rewrite.codegen.kernels.gradients import SumOfParts
 from rewrite.codegen.kernels.kernel import Config, Kernel, triton_type
 from rewrite.codegen.kernels.nf4 import stored_types, unreadable
-from rewrite.codegen.kernels.products import HALVES, NARROW, Term
+from rewrite.codegen.kernels.products import HALVES, NARROW, Term, horner
 from rewrite.codegen.kernels.target import SM90, Target, multiprocessors, of_device
 
 Tensor = torch.Tensor
@@ -64,7 +64,9 @@ class Nf4Linear(Kernel):
             return f"rows of {self.K} weights are not made of whole blocks of {self.blocksize}"
         if self.N * self.K >= 2**32 or 0 in (self.N, self.K):
             return f"{self.N} x {self.K} weights"
-        if any(not 0 < term.size <= NARROW for term in self.terms):
+        if any(term.scale == 0.0 or term.size == 0 for term in self.terms):
+            return "a branch that is zero"
+        if any(term.size > NARROW for term in self.terms):
             return f"a branch of rank {max(term.size for term in self.terms)}, more than {NARROW}"
         return None
 
@@ -80,7 +82,8 @@ class Nf4Linear(Kernel):
 
     def names(self) -> dict[str, Any]:
         weight = {torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}.get(self.weight, "tl.float32")
-        return {**super().names(), "weight_dtype": weight, "code": nf4.CODE, "chunk": CHUNK}
+        here = {"weight_dtype": weight, "code": nf4.CODE, "chunk": CHUNK, "ratios": horner(self.terms)}
+        return {**super().names(), **here}
 
     def arguments(self) -> Mapping[str, str]:
         of = f"*{triton_type(self.dtype)}"
@@ -99,7 +102,7 @@ class Nf4Linear(Kernel):
         return [
             Config.of(warps=4, stages=4, BLOCK_M=16, **few),
             Config.of(warps=4, stages=4, BLOCK_M=32, **few),
-            Config.of(warps=4, stages=3, BLOCK_M=64, **few),
+            Config.of(warps=8, stages=4, BLOCK_M=64, BLOCK_OUT=128, BLOCK_SUM=64),
             Config.of(warps=8, stages=3, BLOCK_M=128, BLOCK_OUT=128, BLOCK_SUM=64),
         ]
 
@@ -221,7 +224,7 @@ def split(kernel: Nf4Linear, M: int, device: torch.device) -> tuple[int, int]:
     config = kernel.choose(kernel.configs(_target(device)), M=M)
     tiles = math.prod(kernel.grid(config, M=M)) // kernel.splits
     chunks, processors = -(-kernel.length // CHUNK), multiprocessors(device)
-    enough = 12 // config.warps  # programs on a multiprocessor that hide each other's latencies
+    enough = -(-12 // config.warps)  # programs on a multiprocessor that hide each other's latencies
 
     def seconds(each: int) -> float:
         parts = -(-chunks // each)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,11 @@ class Term:
     def of(cls, a: torch.Tensor, b: torch.Tensor, scale: float = 1.0, start: int = 0, width: int = 0) -> Term:
         """The term of a matrix a (M, size) and a matrix b (size, columns), as they lie in memory."""
         return cls(a.shape[1], row_stride(a), *b.stride(), scale=scale, start=start, width=width)
+
+
+def horner(terms: Sequence[Term]) -> list[float]:
+    """By what one accumulator is multiplied after each of the terms, so that each of them gets its scale in the end."""
+    return [scale / after for scale, after in itertools.pairwise([*(term.scale for term in terms), 1.0])]
 
 
 def padded(rank: int) -> int:
@@ -100,9 +106,7 @@ class SumOfProducts(Kernel):
         indexed = list(enumerate(self.terms))
         narrow = [(i, term) for i, term in indexed if term.size <= NARROW]
         wide = [(i, term) for i, term in indexed if term.size > NARROW]
-        # Horner: what the accumulator holds is multiplied by the ratio to the next scale, so that there is one of it.
-        following = [term.scale for _, term in narrow[1:]] + [1.0]
-        ratios = {i: term.scale / after for (i, term), after in zip(narrow, following, strict=True)}
+        ratios = dict(zip((i for i, _ in narrow), horner([term for _, term in narrow]), strict=True))
         precision = ', input_precision="ieee"' if self.dtype == torch.float32 else ""
         return {**super().names(), "narrow": narrow, "wide": wide, "ratios": ratios, "precision": precision}
 
