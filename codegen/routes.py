@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from rewrite.codegen.cpu import nf4 as cpu_nf4
 from rewrite.codegen.cpu import nf4_linear as cpu_nf4_linear
 from rewrite.codegen.kernels import linear, nf4_linear
 
@@ -51,3 +52,16 @@ def of_input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> Rout
     """The route that computes the gradient of a frozen linear layer's input, None where only the reference does."""
     routes = ROUTES[dy.device.type]
     return next((r for r in routes if r.supports_input_gradient(dy, weight, layout) is None), None)
+
+
+_STORED = {("nf4", "cpu"): cpu_nf4.route, ("nf4", "cuda"): nf4_linear.route}
+
+
+def of_storage(kind: str, device: str) -> str:
+    """What computes with weights of a storage format on a type of device, and why not kernels where it is not them.
+
+    >>> of_storage("dense", "cpu")
+    'PyTorch operators'
+    """
+    found = _STORED.get((kind, device))
+    return found() if found else "PyTorch operators"

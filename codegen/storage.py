@@ -76,15 +76,3 @@ def layout(text: str) -> Layout:
     if kind != "nf4":
         raise ValueError(f"unknown storage layout {text!r}")
     return Nf4(tuple(map(int, size.split("x"))), getattr(torch, dtype), int(blocksize))
-
-
-_ON_CPU = {"nf4": cpu_nf4.route}
-
-
-def route_on_cpu(kind: str) -> str:
-    """What computes with weights of a storage format on a CPU, and why not kernels where it is not them.
-
-    >>> route_on_cpu("dense")
-    'PyTorch operators'
-    """
-    return _ON_CPU[kind]() if kind in _ON_CPU else "PyTorch operators"

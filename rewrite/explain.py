@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from torch import nn
 
 from rewrite.bind import bind
-from rewrite.codegen.storage import route_on_cpu
+from rewrite.codegen.routes import of_storage
 from rewrite.methods import registry
 from rewrite.parser import parse
 from rewrite.passes.record import GraphRecord, PassRecord, group, summarise
@@ -122,11 +122,19 @@ def _start(state: Attachment) -> list[str]:
     return [f"step 0: {text}", f"approximate: {', '.join(approximate) or 'nothing'}"]
 
 
+_PLACES = {"cpu": "the CPU", "cuda": "the GPU"}
+
+
 def _kernels(state: Attachment, held: Sequence[Held]) -> list[str]:
-    """What computes with the weights that are stored in another format on the CPU, and why not the faster way."""
-    stored = {h.storage for h in held if h.base and h.device == "cpu"}
+    """What computes with the weights that are stored in another format, and why not the faster way."""
+    stored = {(h.storage, h.device.partition(":")[0]) for h in held if h.base}
     names = dict.fromkeys(r["method"] for r, g in zip(state.sites, state.grafts, strict=True) if g.where == "storage")
-    return [f"{name} on the CPU: {route_on_cpu(name)}" for name in names if name in stored]
+    return [
+        f"{name} on {place}: {of_storage(name, device)}"
+        for name in names
+        for device, place in _PLACES.items()
+        if (name, device) in stored
+    ]
 
 
 def _routes(state: Attachment) -> list[str]:

@@ -17,7 +17,7 @@ from rewrite.codegen.kernels.gradients import SumOfParts
 from rewrite.codegen.kernels.kernel import Config, Kernel, triton_type
 from rewrite.codegen.kernels.nf4 import stored_types, unreadable
 from rewrite.codegen.kernels.products import HALVES, NARROW, Term, horner
-from rewrite.codegen.kernels.target import SM90, Target, multiprocessors, of_device
+from rewrite.codegen.kernels.target import SM90, Target, multiprocessors, of_device, unusable
 
 Tensor = torch.Tensor
 
@@ -163,6 +163,16 @@ def _by_the_faster(kernel: Nf4Linear, x: Tensor, fused: Callable[[], Tensor], wh
         key = kernel, x.device, M.bit_length()
         chosen = tune.fastest(key, list(ways), lambda way: ways[way](), chosen)
     return ways[chosen]()
+
+
+def route() -> str:
+    """What computes with NF4 weights on a GPU, and why it is not kernels where it is not: a line."""
+    if reason := unusable(torch.device("cuda")):
+        return f"PyTorch operators, no Triton kernels: {reason}"
+    return (
+        f"Triton kernels; products in 16 bits of up to {FUSED_ROWS} rows decode as they go, "
+        "where rows of the weight are made of whole blocks"
+    )
 
 
 def _unsuitable(x: Tensor, weight: Sequence[Tensor], layout: str) -> str | None:

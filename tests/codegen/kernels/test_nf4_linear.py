@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rewrite.codegen import nf4, ops  # noqa: F401  (defines the operators)
+from rewrite.codegen import nf4, ops, routes  # noqa: F401  (ops defines the operators)
 from rewrite.codegen.kernels import nf4_linear
 from rewrite.codegen.kernels.target import SM90
 from rewrite.codegen.storage import Nf4
@@ -117,6 +117,16 @@ def test_reasons(device):
     assert "rank 200" in (reason(h=[h], B=[B]) or "")
     ragged, text, _ = stored((40, 80), device)
     assert "whole blocks" in (reason(x=x[:, :80], stored_=ragged, layout=text) or "")
+
+
+def test_explain_says_what_computes(monkeypatch):
+    monkeypatch.setattr(nf4_linear, "unusable", lambda device: None)
+    assert routes.of_storage("nf4", "cuda") == (
+        "Triton kernels; products in 16 bits of up to 256 rows decode as they go, "
+        "where rows of the weight are made of whole blocks"
+    )
+    monkeypatch.setattr(nf4_linear, "unusable", lambda device: "Triton is not installed")
+    assert routes.of_storage("nf4", "cuda") == "PyTorch operators, no Triton kernels: Triton is not installed"
 
 
 def test_a_sum_is_split_where_tiles_are_few(monkeypatch):
