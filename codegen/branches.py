@@ -1,6 +1,7 @@
-"""Low-rank branches of a product: added to it in place, and the operator of their gradients in backward graphs.
+"""Low-rank branches of a product: added to it in place, and operators of their gradients in backward graphs.
 
 - `rewrite::low_rank_gradients(dy, h, B, scale)`   the gradients of `scale * h B'`, both from one read of dy
+- `rewrite::sum_of_products(a, b, ...)`            `a_0 b_0 + a_1 b_1 + ...`, summed in place: an input's gradient
 """
 
 from __future__ import annotations
@@ -10,11 +11,17 @@ from collections.abc import Sequence
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from rewrite.codegen.kernels import gradients
+from rewrite.codegen.costs import register_flops_of_results
+from rewrite.codegen.dropout import add_input_gradient
+from rewrite.codegen.kernels import gradients, linear
 
 Tensor = torch.Tensor
 _lib = torch.library.Library("rewrite", "FRAGMENT")
 _lib.define("low_rank_gradients(Tensor dy, Tensor h, Tensor B, float scale) -> (Tensor, Tensor)")
+_lib.define(
+    "sum_of_products(Tensor[] a, Tensor[] b, Tensor? dh=None, Tensor? A=None, Tensor? seed=None, int[] ranks=[],"
+    " float[] p=[]) -> Tensor"
+)
 
 
 def add_branches(
@@ -59,8 +66,33 @@ def _gradients_backward(ctx, ddh, ddB):
     return for_dy, (dy @ ddB) * ctx.scale, (_rows(dy).t() @ _rows(ddh)) * ctx.scale, None
 
 
+def sum_of_products(
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    dh: Tensor | None = None,
+    A: Tensor | None = None,
+    seed: Tensor | None = None,
+    ranks: Sequence[int] = (),
+    p: Sequence[float] = (),
+) -> Tensor:
+    """`a_0 b_0 + a_1 b_1 + ...`, each added to the sum in place: a_i (M, k_i), b_i (k_i, N) -> (M, N).
+
+    With dh (..., sum of ranks), A, seed, ranks and p also the gradient of x in `dropped_linear(x, A, seed, ranks, p)`.
+    """
+    total = linear.Sum(a, b, [1.0] * len(a), [0] * len(a))
+    out = a[0].new_empty(total.M, total.N)
+    if out.is_cuda and total.supports() is None:
+        linear.into(out, total)
+    else:
+        total.accumulated(out)
+    if dh is not None and A is not None and seed is not None:
+        add_input_gradient(out, _rows(dh), A, seed, ranks, p)
+    return out
+
+
 _lib.impl("low_rank_gradients", _gradients, "CompositeExplicitAutograd")
 _lib.impl("low_rank_gradients", _gradients_cuda, "CUDA")
+_lib.impl("sum_of_products", sum_of_products, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("rewrite::low_rank_gradients", lib=_lib)
@@ -68,11 +100,22 @@ def _gradients_fake(dy, h, B, scale):
     return dy.new_empty(h.shape), dy.new_empty(B.shape)
 
 
+@torch.library.register_fake("rewrite::sum_of_products", lib=_lib)
+def _sum_fake(a, b, dh=None, A=None, seed=None, ranks=(), p=()):
+    return a[0].new_empty(a[0].shape[0], b[0].shape[1])
+
+
 torch.library.register_autograd(
     "rewrite::low_rank_gradients", _gradients_backward, setup_context=_gradients_setup, lib=_lib
 )
 
 
-@register_flop_formula(torch.ops.rewrite.low_rank_gradients)
-def _gradients_flops(dy, h, B, scale, **_) -> int:
-    return 4 * torch.Size(dy).numel() * B[1]
+@register_flops_of_results(torch.ops.rewrite.low_rank_gradients)
+def _gradients_flops(dy, h, B, scale) -> tuple[int, int]:
+    return (2 * torch.Size(dy).numel() * B[1],) * 2
+
+
+@register_flop_formula(torch.ops.rewrite.sum_of_products)
+def _sum_flops(a, b, dh=None, A=None, *_, **__) -> int:
+    pairs = [*zip(a, b, strict=True), *([(dh, A)] if dh is not None else [])]
+    return sum(2 * torch.Size(ai).numel() * bi[1] for ai, bi in pairs)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from rewrite.codegen.costs import register_flops_of_results
 from rewrite.codegen.kernels import dropout as kernels
 from rewrite.codegen.masks import kept, scale
 
@@ -38,7 +39,7 @@ def _draw(like: Tensor) -> Tensor:
 
 def _masked(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """The elements of a matrix that are kept, zero elsewhere."""
-    return torch.where(kept(*x.shape, seed, p), x, x.new_zeros(()))
+    return torch.where(kept(x.shape[0], x.shape[1], seed, p), x, x.new_zeros(()))
 
 
 def _dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
@@ -82,16 +83,29 @@ def _linear(x: Tensor, A: Tensor, seed: Tensor, ranks: Sequence[int], p: Sequenc
 
 
 def _linear_gradients(dh, x, A, seed, ranks, p, input):
-    rows, dh = _rows(x), _rows(dh)
-    dA, dx = torch.empty_like(A), rows.new_zeros(rows.shape if input else (0,))
-    for part, di, Ai, si, pi in zip(
-        dA.split(ranks), dh.split(ranks, -1), A.split(ranks), seed.split(1), p, strict=True
-    ):
-        keep = kept(*rows.shape, si, pi)
-        torch.mul(di.t() @ torch.where(keep, rows, rows.new_zeros(())), scale(pi), out=part)
-        if input:
-            dx += torch.where(keep, (di @ Ai) * scale(pi), rows.new_zeros(()))
-    return (dx.view(x.shape) if input else dx), dA
+    rows, dh, dA = _rows(x), _rows(dh), torch.empty_like(A)
+    for part, di, si, pi in zip(dA.split(ranks), dh.split(ranks, -1), seed.split(1), p, strict=True):
+        torch.mul(di.t() @ _masked(rows, si, pi), scale(pi), out=part)
+    if not input:
+        return rows.new_empty(0), dA
+    dx = rows.new_zeros(rows.shape)
+    _add_input_gradient(dx, dh, A, seed, ranks, p)
+    return dx.view(x.shape), dA
+
+
+def _add_input_gradient(dx: Tensor, dh: Tensor, A: Tensor, seed: Tensor, ranks: Sequence[int], p: Sequence[float]):
+    for di, Ai, si, pi in zip(dh.split(ranks, -1), A.split(ranks), seed.split(1), p, strict=True):
+        dx += _masked((di @ Ai) * scale(pi), si, pi)
+
+
+def add_input_gradient(
+    dx: Tensor, dh: Tensor, A: Tensor, seed: Tensor, ranks: Sequence[int], p: Sequence[float]
+) -> None:
+    """Add the gradient of x in `dropped_linear(x, A, ...)` to a matrix dx (M, d_in), in place; dh (M, sum of ranks)."""
+    if dx.is_cuda and dx.is_contiguous() and kernels.supports(dx, A, ranks, p) is None:
+        kernels.input_gradient(dh.contiguous(), A, seed, ranks, p, dx, add=True)
+    else:
+        _add_input_gradient(dx, dh, A, seed, ranks, p)
 
 
 def _dropout_cuda(x: Tensor, seed: Tensor, p: float) -> Tensor:
@@ -165,6 +179,7 @@ def _linear_flops(x, A, *_, **__) -> int:
     return 2 * torch.Size(x[:-1]).numel() * A[0] * A[1]
 
 
-@register_flop_formula(torch.ops.rewrite.dropped_linear_gradients)
-def _linear_gradients_flops(dh, x, A, seed, ranks, p, input, **_) -> int:
-    return (2 if input else 1) * _linear_flops(x, A)
+@register_flops_of_results(torch.ops.rewrite.dropped_linear_gradients)
+def _linear_gradients_flops(dh, x, A, seed, ranks, p, input) -> tuple[int, int]:
+    one = _linear_flops(x, A)
+    return one if input else 0, one

@@ -15,6 +15,8 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import is_symbolic
 from torch.utils.flop_counter import flop_registry
 
+from rewrite.codegen.costs import flops_of_results
+
 # What stands below an adapted module in a model is part of that module's computation.
 _GRAFTED = re.compile(r"\.(?:adapters|parametrizations)(?:\.|$).*")
 
@@ -107,8 +109,24 @@ def node_flops(node: fx.Node) -> int:
     formula = flop_registry.get(getattr(node.target, "_overloadpacket", node.target))
     if node.op != "call_function" or formula is None:
         return 0
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: sized(n.meta.get("val")))
+    args, kwargs = _sized_arguments(node)
     return int(formula(*args, **kwargs, out_val=sized(node.meta.get("val"))))
+
+
+def result_flops(node: fx.Node) -> int:
+    """Those of one node, where each result of an operator with several is a node: what takes it from them."""
+    if flops_of_results(node.target) is not None:
+        return 0
+    source = node.args[0] if node.target is operator.getitem else None
+    formula = flops_of_results(source.target) if isinstance(source, fx.Node) else None
+    if formula is None or not isinstance(source, fx.Node) or not isinstance(index := node.args[1], int):
+        return node_flops(node)
+    args, kwargs = _sized_arguments(source)
+    return formula(*args, **kwargs)[index]
+
+
+def _sized_arguments(node: fx.Node) -> Any:
+    return fx.map_arg((node.args, node.kwargs), lambda n: sized(n.meta.get("val")))
 
 
 def sized(value: Any) -> Any:

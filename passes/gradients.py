@@ -69,7 +69,7 @@ def _count(joint: fx.Graph, outputs: int) -> _Counted:
         elif node.op != "output":
             parts = [bits for n in node.all_input_nodes if (bits := needs[n]) is not None]
             bits = None if not parts else _joined(parts)
-            if bits is not None and (cost := counting.node_flops(node)):
+            if bits is not None and (cost := counting.result_flops(node)):
                 bits |= 1 << len(flops)
                 flops.append(cost)
             needs[node] = bits

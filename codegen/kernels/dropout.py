@@ -14,7 +14,7 @@ from rewrite.codegen import masks
 from rewrite.codegen.kernels.gradients import SumOfParts
 from rewrite.codegen.kernels.kernel import Config, Kernel, triton_type
 from rewrite.codegen.kernels.products import HALVES, NARROW, padded, row_stride
-from rewrite.codegen.kernels.target import Target, multiprocessors
+from rewrite.codegen.kernels.target import Target, multiprocessors, unusable
 
 Tensor = torch.Tensor
 
@@ -89,7 +89,7 @@ class DroppedLinear(_Dropped):
 
     name = "dropped_linear"
     applies = "down-projections behind dropout"
-    cpu = "C++, codegen/cpu"
+    cpu = "ATen: Philox in 64-bit integers"
 
     def arguments(self) -> Mapping[str, str]:
         of = f"*{triton_type(self.dtype)}"
@@ -119,7 +119,7 @@ class DroppedGradient(_Dropped):
 
     name = "dropped_gradient"
     applies = "dA of down-projections behind dropout"
-    cpu = "C++, codegen/cpu"
+    cpu = "ATen: Philox in 64-bit integers"
 
     def arguments(self) -> Mapping[str, str]:
         of = f"*{triton_type(self.dtype)}"
@@ -148,7 +148,7 @@ class DroppedInputGradient(_Dropped):
 
     name = "dropped_input_gradient"
     applies = "dx of down-projections behind dropout, added in place to that of the base product"
-    cpu = "C++, codegen/cpu"
+    cpu = "ATen: Philox in 64-bit integers"
 
     def arguments(self) -> Mapping[str, str]:
         of = f"*{triton_type(self.dtype)}"
@@ -179,7 +179,7 @@ class Dropout(Kernel):
 
     name = "dropout"
     applies = "dropout, and its gradient"
-    cpu = "C++, codegen/cpu"
+    cpu = "ATen: Philox in 64-bit integers"
 
     def supports(self) -> str | None:
         return None if self.dtype in _FLOATS else f"{self.dtype}: the reference"
@@ -208,7 +208,7 @@ RESIDENT = 4
 
 def supports_dropout(x: Tensor, p: float) -> str | None:
     """Why the reference drops elements of a matrix x, or None."""
-    return Dropout(x.shape[1], p, row_stride(x), x.dtype).supports()
+    return unusable(x.device) or Dropout(x.shape[1], p, row_stride(x), x.dtype).supports()
 
 
 def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
@@ -220,6 +220,8 @@ def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
 
 def supports(x: Tensor, A: Tensor, ranks: Sequence[int], p: Sequence[float]) -> str | None:
     """Why the references are taken for factors A (sum of ranks, K) that share a matrix x (M, K), or None."""
+    if reason := unusable(x.device):
+        return reason
     if A.dtype != x.dtype or not A.is_contiguous() or (x.shape[1] > 1 and x.stride(1) != 1):
         return "operands of several dtypes, or rows with gaps between their elements"
     return DroppedLinear(x.shape[1], tuple(factors_of(ranks, p)), x.dtype, row_stride(x), False).supports()

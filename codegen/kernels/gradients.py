@@ -10,7 +10,7 @@ import torch
 
 from rewrite.codegen.kernels.kernel import Config, Kernel, triton_type
 from rewrite.codegen.kernels.products import HALVES, NARROW, padded, row_stride
-from rewrite.codegen.kernels.target import Target, multiprocessors
+from rewrite.codegen.kernels.target import Target, multiprocessors, unusable
 
 Tensor = torch.Tensor
 
@@ -138,6 +138,8 @@ LARGE = 4 << 20
 
 def supports(dy: Tensor, h: Tensor, B: Tensor) -> str | None:
     """Why two products are taken instead, or None."""
+    if reason := unusable(dy.device):
+        return reason
     if any(t.dtype != dy.dtype for t in (h, B)):
         return "operands of several dtypes"
     if any(t.shape[1] > 1 and t.stride(1) != 1 for t in (dy, h, B)):

@@ -9,6 +9,7 @@ import torch
 
 from rewrite.codegen.kernels import tune
 from rewrite.codegen.kernels.products import FULL, NARROW, SumOfProducts, Term
+from rewrite.codegen.kernels.target import unusable
 
 Tensor = torch.Tensor
 
@@ -44,6 +45,8 @@ class Sum:
     def supports(self) -> str | None:
         """Why there is no kernel for this sum, or None."""
         dtype = self.a[0].dtype
+        if reason := unusable(self.a[0].device):
+            return reason
         if any(t.dtype != dtype for t in (*self.a, *self.b)) or (self.bias is not None and self.bias.dtype != dtype):
             return "operands of several dtypes"
         if self.M == 0:
