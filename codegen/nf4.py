@@ -137,8 +137,8 @@ def dequantize(
         shape: of the result, n elements.
         dtype: any floating dtype; float64 is the float32 product, widened.
 
-    Equal bit for bit to `bitsandbytes.functional.dequantize_4bit`.  Can be traced (Dynamo, AOTAutograd, fake
-    and meta tensors): no tensor constants, no data-dependent control flow.
+    Equal bit for bit to `bitsandbytes.functional.dequantize_4bit` of its PyTorch backend.  Can be traced (Dynamo,
+    AOTAutograd, fake and meta tensors): no tensor constants, no data-dependent control flow.
 
     Raises:
         RewriteError: a size or dtype does not fit; a half-precision `absmax` has lost bits and is refused.
@@ -171,7 +171,8 @@ def _decode(codes: Tensor, absmax: Tensor, table: Tensor, numel: int, blocksize:
 
 def _pair_table(codes: Tensor) -> Tensor:
     """float32 [256, 2]: the two values of each byte, on the device of `codes`."""
-    if not _is_eager(codes):
+    # On a GPU not kept either: made while CUDA graphs are recorded, it would be memory of theirs.
+    if not _is_eager(codes) or codes.device.type != "cpu":
         return _traced_pair_table(codes.device)
     table = _TABLES.get(codes.device)
     if table is None:

@@ -101,6 +101,10 @@ class Partitioner(CustomPartitionerFn):
         files = (part.__file__ for part in (accumulate, codecs, counting, encode, keep, pin_static, recompute))
         return get_hash_for_files((__file__, *files), repr(self.record.rules))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As what identifies it: PyTorch 2.11 pickles all of Inductor's settings for the key of its cache."""
+        return bytes, (self.uuid(),)
+
 
 @contextmanager
 def _bounded(fraction: float, parameters: Collection[str]) -> Iterator[None]:

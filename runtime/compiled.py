@@ -22,6 +22,17 @@ _MOST = 1024  # graphs for the choices of regimes
 _LOGGING = {getattr(logging.Logger, name) for name in ("warning", "info", "debug")}
 
 
+class _Functions(dict[Callable[..., Any], None]):
+    """Functions for Dynamo to ignore: a set, but one that PyTorch 2.11 can log.
+
+    It logs its settings with every compilation, sorts each set among them, and prints a traceback where a set holds
+    functions, which have no order.  A mapping without items it prints.
+    """
+
+    def items(self) -> Any:
+        return {}.items()
+
+
 class CompiledCall(CompiledCallBase):
     """Calls a model through `torch.compile(backend="rewrite")`; a copy of the model is not compiled."""
 
@@ -62,7 +73,7 @@ def settings(regimes: Sequence[Regime] = ()) -> dict[str, Any]:
     config = torch._dynamo.config
     once = {fn} if (fn := getattr(logging.Logger, "warning_once", None)) else set()
     found: dict[str, Any] = {
-        "ignore_logging_functions": config.ignore_logging_functions | _LOGGING | once,
+        "ignore_logging_functions": _Functions.fromkeys([*config.ignore_logging_functions, *_LOGGING, *once]),
         # `dynamic=True` would make graph inputs of eps and softmax scales, only to compile all over without them.
         "specialize_float": True,
     }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +15,9 @@ from torch._inductor import compile_fx, config
 
 import rewrite
 from rewrite.codegen.kernels import tune
+from rewrite.passes.partition import Partitioner
+from rewrite.passes.record import GraphRecord
+from rewrite.runtime.compiled import settings
 from tests.models import ONE_LAYER, SPECS, assert_same, batch, build, disturb, step
 
 MODE = "reduce-overhead"
@@ -102,3 +108,13 @@ def test_replayed_graphs_compute_what_eager_computes(spec: str):
         for _ in range(4):
             torch.compiler.cudagraph_mark_step_begin()
             torch.testing.assert_close(model(**inputs).logits, model.forward(**inputs).logits)
+
+
+def test_our_settings_can_be_logged_and_be_part_of_a_key():
+    # As PyTorch 2.11 does with every compilation: sets sorted, all of it as JSON; and pickled, for Inductor's cache.
+    ignored = settings()["ignore_logging_functions"]
+    json.dumps({"ignored": sorted(ignored) if isinstance(ignored, set) else ignored})
+    assert logging.Logger.warning in ignored
+    assert any(fn is logging.Logger.info for fn in ignored)
+    first, second = (pickle.dumps(Partitioner(GraphRecord(title=title, training=True))) for title in ("a", "b"))
+    assert first == second

@@ -58,7 +58,9 @@ def test_gradients_of_a_compiled_step(spec: str, tokens: int):
     assert ours.keys() == eager.keys() == exact.keys()
     torch.testing.assert_close(found.loss, plain.loss, rtol=1e-2, atol=1e-2)
     here, there = error(ours, exact), error(eager, exact)
-    worse = {n: (here[n], there[n]) for n in here if not here[n] <= 1.5 * there[n] + 0.01}
+    # A compiled step keeps other tensors in fp8 than eager does; each value that it keeps is off by at most 2^-4.
+    more = 2**-4 if "fp8" in spec else 0.01
+    worse = {n: (here[n], there[n]) for n in here if not here[n] <= 1.5 * there[n] + more}
     assert not worse
 
 
