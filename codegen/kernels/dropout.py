@@ -278,13 +278,11 @@ def input_gradient(
 
 def _examples() -> Iterator[Kernel]:
     bf16 = torch.bfloat16
-    one, three = tuple(factors_of((16,), (0.05,))), tuple(factors_of((16, 16, 16), (0.05, 0.05, 0.05)))
-    plain = tuple(factors_of((8, 64), (0.1, 0.0)))
-    for K, factors in ((4096, one), (4096, three), (14336, one), (4096, plain)):
-        total = sum(f.rank for f in factors)
-        yield DroppedLinear(K, factors, bf16, K, K == 14336)
-        yield DroppedGradient(K, factors, bf16, K, total)
-        yield DroppedInputGradient(K, factors, bf16, total, True)
+    for ranks, p in (((16,), (0.05,)), ((16, 16, 16), (0.05, 0.05, 0.05)), ((8, 64), (0.1, 0.0))):
+        factors, total = tuple(factors_of(ranks, p)), sum(ranks)
+        yield DroppedLinear(4096, factors, bf16, 4096, len(ranks) == 2)
+        yield DroppedGradient(4096, factors, bf16, 4096, total)
+        yield DroppedInputGradient(4096, factors, bf16, total, len(ranks) != 2)
     yield Dropout(4096, 0.05, 4096, bf16)
     yield Dropout(4096, 0.1, 4096, torch.float32)
 
