@@ -35,8 +35,9 @@ def narrow(values: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def repair() -> None:
-    """Replace the interpreter's casts from and to bfloat16 and its `tl.dot`, once."""
+    """Replace the interpreter's casts from and to bfloat16, its `tl.dot`, and numbers as ends of a loop, once."""
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     Builder: Any = InterpreterBuilder
@@ -64,3 +65,11 @@ def repair() -> None:
         setattr(Builder, name, cast_impl)
     Builder.create_fp_to_fp = fp_to_fp
     Builder.create_dot = create_dot
+
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        # Up to Triton 3.6: int(array of one element), which numpy refuses from 2.4 on.
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    patch = interpreter._patch_lang_tensor
+    setattr(interpreter, "_patch_lang_tensor", patch_tensor)  # noqa: B010

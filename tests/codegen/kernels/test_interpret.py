@@ -25,6 +25,14 @@ def dot(a, b, out, N: tl.constexpr):
 
 
 @triton.jit
+def count(out, stop):
+    found = 0
+    for _ in range(0, stop, 3):
+        found += 1
+    tl.store(out, found)
+
+
+@triton.jit
 def total(x, out, N: tl.constexpr):
     tl.store(out, tl.sum(tl.load(x + tl.arange(0, N)).to(tl.float32) * 2.0).to(tl.bfloat16))
 """
@@ -65,3 +73,9 @@ def test_sums_of_bfloat16(kernels):
     out = torch.empty(1, dtype=torch.bfloat16)
     kernels.total[(1,)](x, out, 256)
     torch.testing.assert_close(out.double(), 2 * x.double().sum(0, keepdim=True), rtol=2**-8, atol=0)
+
+
+def test_a_loop_up_to_an_argument(kernels):
+    out = torch.zeros(1, dtype=torch.int32)
+    kernels.count[(1,)](out, 7)
+    assert out.item() == 3
