@@ -47,11 +47,13 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _cuda(weight, layout, A, B, scale, squares=None):
     from rewrite.codegen.kernels import row_norms
 
-    W = parse_layout(layout).decode(*weight)
-    kernel = row_norms.kernel_of(W, A, scale, squares)
+    kernel = row_norms.kernel_of(weight, layout, A, scale, squares)
+    if isinstance(kernel, str) and layout != "dense":  # decoded whole, its norms may have one
+        weight, layout = [parse_layout(layout).decode(*weight)], "dense"
+        kernel = row_norms.kernel_of(weight, layout, A, scale, squares)
     if isinstance(kernel, str):
-        return adapted_row_norms([W], "dense", A, B, scale, squares)
-    return row_norms.row_norms(kernel, W, A, B, squares)
+        return adapted_row_norms(weight, layout, A, B, scale, squares)
+    return row_norms.row_norms(kernel, weight, A, B, squares)
 
 
 def _fake(weight, layout, A, B, scale, squares=None):

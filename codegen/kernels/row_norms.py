@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from rewrite.codegen import nf4, storage
 from rewrite.codegen.kernels.kernel import Config, Kernel, triton_type
-from rewrite.codegen.kernels.target import Target
+from rewrite.codegen.kernels.nf4 import stored_types, unreadable
+from rewrite.codegen.kernels.target import Target, unusable
 
 Tensor = torch.Tensor
 FULL = 120
@@ -20,7 +22,8 @@ FULL = 120
 class RowNorms(Kernel):
     """norm_n = |W_n + s (B A)_n|, from |W|^2 + 2 s <W A', B> + s^2 <B (A A'), B> row by row
 
-    `row` is from row to row of W; `cached` is where |W|^2 is given, in float32.
+    `row` is from row to row of W; `cached` is where |W|^2 is given, in float32.  With a `blocksize`, W is stored as NF4
+    and decoded on its way, to `dtype`.
     """
 
     N: int
@@ -30,6 +33,8 @@ class RowNorms(Kernel):
     row: int
     cached: bool
     dtype: torch.dtype
+    blocksize: int = 0
+    nested: bool = False
 
     name = "row_norms"
     applies = "DoRA: the norms of every step"
@@ -47,15 +52,19 @@ class RowNorms(Kernel):
             return f"rank {self.rank}, more than 64: A A' does not fit beside the products"
         if 0 in (self.N, self.K, self.rank):
             return "an empty matrix"
+        if self.blocksize and self.K % self.blocksize:
+            return f"rows of {self.K} weights are not made of whole blocks of {self.blocksize}"
         return None
 
     def arguments(self) -> Mapping[str, str]:
         of = f"*{triton_type(self.dtype)}"
-        return {"weight": of, **({"squares": "*fp32"} if self.cached else {}), "A": of, "B": of, "out": "*fp32"}
+        weight = stored_types(self.nested) if self.blocksize else {"weight": of}
+        return {**weight, **({"squares": "*fp32"} if self.cached else {}), "A": of, "B": of, "out": "*fp32"}
 
     def names(self) -> dict[str, Any]:
         precision = ', input_precision="ieee"' if self.dtype == torch.float32 else ""
-        return {**super().names(), "precision": precision}
+        weight = {torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}.get(self.dtype, "tl.float32")
+        return {**super().names(), "precision": precision, "weight_dtype": weight, "code": nf4.CODE}
 
     def space(self, target: Target) -> Sequence[Config]:
         tall = [Config.of(warps=4, stages=4, BLOCK_N=32, BLOCK_K=128)]
@@ -75,20 +84,35 @@ class RowNorms(Kernel):
         return next((c for c in configs if self.grid(c)[0] >= FULL), configs[-1])
 
 
-def kernel_of(W: Tensor, A: Tensor, scale: float, squares: Tensor | None) -> RowNorms | str:
-    """The kernel for a dense W (N, K) and A (r, K), or why there is none."""
-    if W.ndim != 2 or W.stride(-1) != 1:
-        return "a weight whose rows have gaps"
-    N, K = W.shape
-    kernel = RowNorms(N, K, A.shape[0], scale, W.stride(0), squares is not None, W.dtype)
-    return kernel.supports() or kernel
+def kernel_of(
+    weight: Sequence[Tensor], layout: str, A: Tensor, scale: float, squares: Tensor | None = None
+) -> RowNorms | str:
+    """The kernel for W (N, K), as stored tensors of `layout`, and A (r, K); or why there is none."""
+    if reason := unusable(weight[0].device):
+        return reason
+    if layout == "dense":
+        (W,) = weight
+        if W.ndim != 2 or W.stride(-1) != 1:
+            return "a weight whose rows have gaps"
+        N, K = W.shape
+        kernel = RowNorms(N, K, A.shape[0], scale, W.stride(0), squares is not None, W.dtype)
+        return kernel.supports() or kernel
+    known = storage.layout(layout)
+    if not isinstance(known, storage.Nf4) or len(known.shape) != 2:
+        return f"a weight that is stored as {layout}"
+    N, K = known.shape
+    stored = known.blocksize, len(weight) > 2
+    kernel = RowNorms(N, K, A.shape[0], scale, K, squares is not None, known.dtype, *stored)
+    return unreadable(weight, N * K, known.blocksize) or kernel.supports() or kernel
 
 
-def row_norms(kernel: RowNorms, W: Tensor, A: Tensor, B: Tensor, squares: Tensor | None = None) -> Tensor:
-    """Launch: W (N, K), A (r, K), B (N, r) cast to W's dtype, squares (N,) float32; returns (N,) float32."""
-    out = torch.empty(kernel.N, dtype=torch.float32, device=W.device)
-    A, B = A.to(W.dtype).contiguous(), B.to(W.dtype).contiguous()
-    kernel.launch(W, *([] if squares is None else [squares.contiguous()]), A, B, out)
+def row_norms(
+    kernel: RowNorms, weight: Sequence[Tensor], A: Tensor, B: Tensor, squares: Tensor | None = None
+) -> Tensor:
+    """Launch: W (N, K) as it is stored, A (r, K), B (N, r) cast to W's dtype, squares (N,) float32 -> (N,) float32."""
+    out = torch.empty(kernel.N, dtype=torch.float32, device=A.device)
+    A, B = A.to(kernel.dtype).contiguous(), B.to(kernel.dtype).contiguous()
+    kernel.launch(*weight, *([] if squares is None else [squares.contiguous()]), A, B, out)
     return out
 
 
@@ -96,4 +120,5 @@ EXAMPLES = (
     RowNorms(4096, 4096, 16, 2.0, 4096, False, torch.bfloat16),
     RowNorms(1024, 4096, 64, 1.0, 4096, True, torch.bfloat16),
     RowNorms(4096, 14336, 16, 2.0, 14336, False, torch.float32),
+    RowNorms(4096, 4096, 16, 2.0, 4096, False, torch.bfloat16, 64, True),
 )

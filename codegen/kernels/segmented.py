@@ -14,7 +14,7 @@ import torch
 
 from rewrite.codegen.kernels.kernel import Config, Kernel, triton_type
 from rewrite.codegen.kernels.outer_product import FULL, OuterProduct
-from rewrite.codegen.kernels.target import Target
+from rewrite.codegen.kernels.target import Target, unusable
 
 Tensor = torch.Tensor
 DTYPES = torch.bfloat16, torch.float16, torch.float32
@@ -151,7 +151,7 @@ def reason(rows: Tensor, matrix: Tensor, gate: Tensor) -> str | None:
         return f"{str(rows.dtype).removeprefix('torch.')} has no product on tensor cores"
     if 0 in matrix.shape:
         return "an empty matrix"
-    return None
+    return unusable(rows.device)
 
 
 def shrink(x: Tensor, A: Tensor, gate: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rewrite.codegen import nf4
 from rewrite.codegen import row_norms as op
 from rewrite.codegen.kernels import row_norms
 from rewrite.codegen.storage import Nf4
@@ -26,9 +27,9 @@ def dense(W, A, B, scale):
 def test_equals_the_norms_of_the_dense_weight(dtype, shape, cached, device):
     W, A, B = weights(*shape, dtype, device)
     squares = W.float().square().sum(-1) if cached else None
-    kernel = row_norms.kernel_of(W, A, -0.7, squares)
+    kernel = row_norms.kernel_of([W], "dense", A, -0.7, squares)
     assert isinstance(kernel, row_norms.RowNorms)
-    found = row_norms.row_norms(kernel, W, A, B, squares)
+    found = row_norms.row_norms(kernel, [W], A, B, squares)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), dense(W, A, B, -0.7), rtol=BOUNDS[dtype], atol=1e-6)
 
@@ -36,10 +37,10 @@ def test_equals_the_norms_of_the_dense_weight(dtype, shape, cached, device):
 def test_weights_and_factors_that_are_not_contiguous(device):
     W, A, B = weights(12, 24, 5, torch.bfloat16, device, rows=2)
     A, B = A.t().contiguous().t(), B.t().contiguous().t()
-    kernel = row_norms.kernel_of(W, A, 2.0, None)
+    kernel = row_norms.kernel_of([W], "dense", A, 2.0, None)
     assert isinstance(kernel, row_norms.RowNorms)
     torch.testing.assert_close(
-        row_norms.row_norms(kernel, W, A.float(), B.float()).double(), dense(W, A, B, 2.0), rtol=1e-5, atol=0
+        row_norms.row_norms(kernel, [W], A.float(), B.float()).double(), dense(W, A, B, 2.0), rtol=1e-5, atol=0
     )
 
 
@@ -47,22 +48,41 @@ def test_a_row_that_the_update_takes_away_is_zero_not_nan(device):
     W, A, _ = weights(8, 32, 1, torch.float32, device)
     B = torch.zeros(8, 1, device=device)
     A[0], B[3] = W[3], -1.0
-    kernel = row_norms.kernel_of(W, A, 1.0, None)
-    found = row_norms.row_norms(kernel, W, A, B)  # type: ignore[arg-type]
+    kernel = row_norms.kernel_of([W], "dense", A, 1.0, None)
+    found = row_norms.row_norms(kernel, [W], A, B)  # type: ignore[arg-type]
     assert found[3] < 1e-2 * W[3].norm()
     assert not found.isnan().any()
 
 
 def test_reasons():
-    assert "more than 64" in str(row_norms.kernel_of(torch.ones(4, 128), torch.ones(65, 128), 1.0, None))
-    assert "gaps" in str(row_norms.kernel_of(torch.ones(128, 4).t(), torch.ones(2, 128), 1.0, None))
-    assert "float64" in str(row_norms.kernel_of(torch.ones(4, 8).double(), torch.ones(2, 8), 1.0, None))
+    def reason(W, A, layout="dense"):
+        return str(row_norms.kernel_of(W, layout, A, 1.0))
+
+    assert "more than 64" in reason([torch.ones(4, 128)], torch.ones(65, 128))
+    assert "gaps" in reason([torch.ones(128, 4).t()], torch.ones(2, 128))
+    assert "float64" in reason([torch.ones(4, 8).double()], torch.ones(2, 8))
+    packed = nf4.quantize(torch.ones(4, 96), 64)
+    assert "whole blocks" in reason(packed, torch.ones(2, 96), str(Nf4((4, 96), torch.float32, 64)))
+    assert "another dtype or size" in reason(packed, torch.ones(2, 64), str(Nf4((4, 64), torch.float32, 64)))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", [(37, 192, 3), (5, 64, 16), (32, 320, 33)], ids=str)
+def test_stored_weights_are_decoded_on_their_way(shape, nested, device):
+    N, K, r = shape
+    _, A, B = weights(N, K, r, torch.bfloat16, device)
+    packed = nf4.Nf4Tensors.from_weight(torch.randn(N, K, device=device), 64, nested)
+    scales = [packed.nested.absmax, packed.nested.code, packed.nested.offset] if packed.nested else []
+    stored = [packed.codes, packed.absmax, *scales]
+    kernel = row_norms.kernel_of(stored, str(Nf4((N, K), torch.bfloat16, 64)), A, 1.5)
+    assert isinstance(kernel, row_norms.RowNorms)
+    found = row_norms.row_norms(kernel, stored, A, B)
+    exact = dense(packed.dequantize(torch.bfloat16), A, B, 1.5)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("layout", ["dense", "nf4"])
 def test_the_operator_and_its_gradients(layout):
-    from rewrite.codegen import nf4
-
     W = torch.randn(11, 6, dtype=torch.float64)
     stored, text = [W], "dense"
     if layout == "nf4":
