@@ -2,6 +2,7 @@
 
 - `rewrite::low_rank_gradients(dy, h, B, scale)`   the gradients of `scale * h B'`, both from one read of dy
 - `rewrite::sum_of_products(a, b, ...)`            `a_0 b_0 + a_1 b_1 + ...`, summed in place: an input's gradient
+- `rewrite::factor_gradient(dy, h)`                that of B alone, where h has none: a slice of a frozen layer's input
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from rewrite.codegen.costs import register_flops_of_results
 from rewrite.codegen.dropout import add_input_gradient
-from rewrite.codegen.kernels import gradients, linear
+from rewrite.codegen.kernels import gradients, linear, outer_product
 
 Tensor = torch.Tensor
 _lib = torch.library.Library("rewrite", "FRAGMENT")
@@ -22,6 +23,7 @@ _lib.define(
     "sum_of_products(Tensor[] a, Tensor[] b, Tensor? dh=None, Tensor? A=None, Tensor? seed=None, int[] ranks=[],"
     " float[] p=[]) -> Tensor"
 )
+_lib.define("factor_gradient(Tensor dy, Tensor h) -> Tensor")
 
 
 def add_branches(
@@ -49,6 +51,17 @@ def _gradients_cuda(dy: Tensor, h: Tensor, B: Tensor, scale: float) -> tuple[Ten
         return _gradients(dy, h, B, scale)
     dh, dB = gradients.low_rank_gradients(rows, low, B, scale)
     return dh.view(h.shape), dB
+
+
+def _factor(dy: Tensor, h: Tensor) -> Tensor:
+    """`dy' h` over all rows: dy (..., N), h (..., r) -> (N, r)."""
+    return _rows(dy).t() @ _rows(h)
+
+
+def _factor_cuda(dy: Tensor, h: Tensor) -> Tensor:
+    rows, low = _rows(dy), _rows(h)
+    kernel = outer_product.of_slice(rows, low)
+    return _factor(dy, h) if isinstance(kernel, str) else kernel.compute(low, rows)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -93,6 +106,9 @@ def sum_of_products(
 _lib.impl("low_rank_gradients", _gradients, "CompositeExplicitAutograd")
 _lib.impl("low_rank_gradients", _gradients_cuda, "CUDA")
 _lib.impl("sum_of_products", sum_of_products, "CompositeExplicitAutograd")
+_lib.impl("factor_gradient", _factor, "CompositeExplicitAutograd")
+_lib.impl("factor_gradient", _factor_cuda, "CUDA")
+torch.library.register_fake("rewrite::factor_gradient", lambda dy, h: dy.new_empty(dy.shape[-1], h.shape[-1]), lib=_lib)
 
 
 @torch.library.register_fake("rewrite::low_rank_gradients", lib=_lib)
@@ -119,3 +135,8 @@ def _gradients_flops(dy, h, B, scale) -> tuple[int, int]:
 def _sum_flops(a, b, dh=None, A=None, *_, **__) -> int:
     pairs = [*zip(a, b, strict=True), *([(dh, A)] if dh is not None else [])]
     return sum(2 * torch.Size(ai).numel() * bi[1] for ai, bi in pairs)
+
+
+@register_flop_formula(torch.ops.rewrite.factor_gradient)
+def _factor_flops(dy, h, **_) -> int:
+    return 2 * torch.Size(dy).numel() * h[-1]

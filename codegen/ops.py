@@ -188,7 +188,7 @@ def _branch_gradients(dy, h, B, scale, need_h, need_B):
         return torch.ops.rewrite.low_rank_gradients(dy, h, B, scale)
     # Scaled after the product: `B * s` and `h * s` would depend on the forward alone, and be saved for it.
     dh = _scaled(dy @ B, scale) if need_h else None
-    return dh, _scaled(dy.flatten(0, -2).t() @ h.flatten(0, -2), scale) if need_B else None
+    return dh, _scaled(torch.ops.rewrite.factor_gradient(dy, h), scale) if need_B else None
 
 
 def _scaled(t: Tensor, scale: float) -> Tensor:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from rewrite.codegen.kernels.gradients import SumOfParts
+from rewrite.codegen.kernels.gradients import LARGE, SumOfParts
 from rewrite.codegen.kernels.kernel import Config, Kernel, triton_type
-from rewrite.codegen.kernels.target import Target
+from rewrite.codegen.kernels.target import Target, unusable
 
 Tensor = torch.Tensor
 FULL = 264
@@ -105,6 +105,22 @@ class OuterProduct(Kernel):
         whole = torch.empty(shape, dtype=x.dtype, device=x.device)
         SumOfParts(1, 1.0, x.dtype).launch(out, whole, count0=self.parts, elements0=whole.numel())
         return whole
+
+
+def of_slice(dy: Tensor, h: Tensor) -> OuterProduct | str:
+    """The kernel of `dy' h`, (N, c), for matrices dy (M, N) and h (M, c), a slice of wider rows; or why there is none.
+
+    Few columns make few tiles: a library's product, which has one program for each, keeps a part of the GPU busy, and
+    reads dy at that part of the speed of memory.  With more columns, or dy in the L2 cache, it is as fast or faster.
+    """
+    if reason := unusable(dy.device):
+        return reason
+    if any(t.shape[1] > 1 and t.stride(1) != 1 for t in (dy, h)) or h.dtype != dy.dtype:
+        return "rows with gaps between their elements, or operands of several dtypes"
+    if dy.nbytes < LARGE:
+        return f"dy of {dy.nbytes:,} bytes, which the L2 cache holds"
+    kernel = OuterProduct.of(h, dy, (64, min(64, max(16, 1 << (h.shape[1] - 1).bit_length()))), transposed=True)
+    return kernel.supports() or kernel
 
 
 EXAMPLES = (

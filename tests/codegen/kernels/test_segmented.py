@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rewrite.codegen import segmented as op
+from rewrite.codegen.kernels import outer_product
 from rewrite.codegen.kernels import segmented as kernels
 from rewrite.codegen.kernels.outer_product import OuterProduct
 
@@ -109,6 +110,16 @@ def test_gradient_of_a_slice_reads_it_in_place(columns, tokens, dtype, device):
     kernel = OuterProduct.of(part, dy, (64, 32), transposed=True)
     assert kernel.supports() is None
     close(kernel.compute(part, dy), dy.double().t() @ part.double(), dtype)
+
+
+def test_where_a_slice_has_a_kernel(device):
+    wide = torch.empty(8192, 4096, dtype=torch.bfloat16, device="meta")
+    kernel = outer_product.of_slice(wide, wide[:, 32:132])
+    assert isinstance(kernel, OuterProduct)
+    assert (kernel.h_row, kernel.ranks, kernel.parts) == (4096, 64, 4)
+    assert "more than 128" in str(outer_product.of_slice(wide, wide[:, :160]))
+    assert "L2 cache" in str(outer_product.of_slice(wide[:100], wide[:100, :16]))
+    assert "gaps" in str(outer_product.of_slice(wide.t(), wide[:4096, :16]))
 
 
 def test_reasons(device):
