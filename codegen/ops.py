@@ -22,6 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 import rewrite.codegen.weights  # noqa: F401  (defines rewrite::low_rank_weight)
 from rewrite.codegen import routes
 from rewrite.codegen.activations import coarse_activation
+from rewrite.codegen.costs import register_flops_of_results
 from rewrite.codegen.branches import add_branches
 from rewrite.codegen.storage import layout as parse_layout
 from rewrite.codegen.workspace import register_workspace
@@ -273,12 +274,10 @@ def _input_gradient_flops(dy, weight, layout, *, out_shape=None, **_) -> int:
     return 2 * tokens * dy[-1] * (out_shape[-1] if out_shape else 0)
 
 
-@register_flop_formula(torch.ops.rewrite.sliced_gradients)
-def _sliced_flops(dy, W, h, B, start, *, out_shape=None, **_) -> int:
-    tokens = 1
-    for size in dy[:-1]:
-        tokens *= size
-    return 2 * tokens * dy[-1] * (W[1] + B[1])
+@register_flops_of_results(torch.ops.rewrite.sliced_gradients)
+def _sliced_flops(dy, W, h, B, start) -> tuple[int, int]:
+    values = torch.Size(dy).numel()
+    return 2 * values * W[1], 2 * values * B[1]
 
 
 @register_workspace(torch.ops.rewrite.adapted_linear_core)
