@@ -22,8 +22,8 @@ from torch.utils.flop_counter import register_flop_formula
 import rewrite.codegen.weights  # noqa: F401  (defines rewrite::low_rank_weight)
 from rewrite.codegen import routes
 from rewrite.codegen.activations import coarse_activation
-from rewrite.codegen.costs import register_flops_of_results
 from rewrite.codegen.branches import add_branches
+from rewrite.codegen.costs import register_flops_of_results
 from rewrite.codegen.storage import layout as parse_layout
 from rewrite.codegen.workspace import register_workspace
 from rewrite.errors import RewriteError

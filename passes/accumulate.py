@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from rewrite.passes.counting import module_path
 from rewrite.passes.record import Edit, PassRecord
@@ -70,7 +71,13 @@ def _is_sum(node: fx.Node) -> bool:
         return False
     values = [n.meta.get("val") if isinstance(n, fx.Node) else None for n in (node, *node.args)]
     known = [v for v in values if isinstance(v, torch.Tensor)]
-    return len(known) == 3 and len({(tuple(v.shape), v.dtype) for v in known}) == 1
+    return len(known) == 3 and all(_alike(known[0], value) for value in known[1:])
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """One dtype, and one shape whatever its symbols are."""
+    sizes = zip(a.shape, b.shape, strict=False)
+    return a.dtype == b.dtype and a.ndim == b.ndim and all(statically_known_true(m == n) for m, n in sizes)
 
 
 def _leaves(root: fx.Node) -> tuple[list[_Leaf], set[fx.Node]]:
