@@ -26,6 +26,8 @@ CASES = [*((s, torch.bfloat16, None) for s in SIZES), *((SIZES[0], d, None) for 
 
 @pytest.mark.parametrize(("sizes", "dtype", "split"), [*CASES, (SIZES[0], torch.bfloat16, Split(128, 100))], ids=str)
 def test_both_gradients(sizes, dtype, split, device):
+    if dtype == torch.float32 and device.type == "cuda":
+        pytest.skip("products of float32 are left to cuBLAS: no configuration fits a GPU")
     M, N, rank = sizes
     dy, h, B = (torch.randn(*s, device=device).to(dtype) for s in ((M, N), (M, rank), (N, rank)))
     found = gradients.low_rank_gradients(dy, h, B, -1.5, split)
