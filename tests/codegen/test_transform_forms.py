@@ -163,3 +163,11 @@ def test_costs():
     assert all(20 * form.cost().subs(sizes) < dense for form in fast)
     assert all(form.formation().subs(sizes) <= 1024**2 * 15 for form in fast)
     assert Codebook(matrix(1024, 4, 9), matrix(9, 256), 2, 1024).cost().subs(sizes) == dense + 2 * 1024**2
+
+
+@pytest.mark.parametrize(("d_out", "d_in"), [(8, 8), (5, 3), (3, 130)])
+def test_walsh_is_an_operator_that_is_its_own_gradient(d_out, d_in):
+    x = matrix(2, d_in).requires_grad_()
+    torch.library.opcheck(torch.ops.rewrite.walsh.default, (x, d_out))
+    torch.autograd.gradcheck(lambda t: torch.ops.rewrite.walsh(t, d_out), x)
+    torch.autograd.gradgradcheck(lambda t: torch.ops.rewrite.walsh(t, d_out), x)
