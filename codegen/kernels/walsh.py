@@ -19,7 +19,7 @@ from rewrite.codegen.kernels.target import Target, unusable
 Tensor = torch.Tensor
 _PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 """How many numbers of bfloat16 add up to one of a dtype."""
-_SMALLEST, _LARGEST = 4, 14  # bits of a side of one matrix, of the whole
+_SMALLEST, _LARGEST = 4, 13  # bits of a side of one matrix, of the whole
 _ONE = 7  # bits up to which there is one matrix
 
 
@@ -36,7 +36,7 @@ class WalshTransform(Kernel):
     dtype: torch.dtype
 
     name = "walsh"
-    applies = "Walsh-Hadamard transforms of up to 16,384 numbers, and their gradients"
+    applies = "Walsh-Hadamard transforms of up to 8,192 numbers, and their gradients"
     cpu = "PyTorch, products with the factors of the matrix"
 
     def supports(self) -> str | None:
@@ -64,7 +64,7 @@ class WalshTransform(Kernel):
     def space(self, target: Target) -> Sequence[Config]:
         if self.bits <= _ONE:
             return [Config.of(warps=4, ROWS=64), Config.of(warps=4, ROWS=16)]
-        warps = {8: 1, 9: 1, 10: 2, 11: 2, 12: 4, 13: 8, 14: 16}[self.bits]
+        warps = {8: 1, 9: 1, 10: 2, 11: 2, 12: 4, 13: 8}[self.bits]
         return [Config.of(warps=warps, ROWS=8), Config.of(warps=warps, ROWS=1)]
 
     def choose(self, configs: Sequence[Config], **sizes: int) -> Config:
@@ -94,7 +94,7 @@ def _kernel(x: Tensor, d_out: int) -> WalshTransform:
 
 EXAMPLES = (
     WalshTransform(12, 4096, 4096, torch.bfloat16),
-    WalshTransform(14, 14336, 4096, torch.bfloat16),
+    WalshTransform(13, 5120, 8192, torch.bfloat16),
     WalshTransform(12, 4096, 4096, torch.float32),
     WalshTransform(7, 128, 128, torch.bfloat16),  # a head
 )
