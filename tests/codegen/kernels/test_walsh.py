@@ -68,7 +68,9 @@ def test_what_is_not_finite_stays_in_its_row(device):
 
 def test_what_has_no_kernel(device):
     assert walsh.supports(torch.zeros(2, 8, dtype=torch.float64, device=device), 8) == "no kernel for torch.float64"
-    assert "2^14 numbers" in walsh.supports(torch.zeros(2, 10000, device=device), 8)
+    wide = torch.zeros(2, 5000, device=device)
+    assert walsh.supports(wide, 8) == "2^13 numbers of torch.float32 are more than a program holds"
+    assert walsh.supports(wide.bfloat16(), 8) is None
 
 
 @pytest.mark.gpu
