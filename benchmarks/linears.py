@@ -20,7 +20,7 @@ from checks import check
 from contest import Contest
 from layers import BOUNDS, IN_A_LAYER, LAYER, METHODS, SHAPES, Case, Problem
 from peers import for_method
-from series import parser, series
+from series import parsed, parser, series
 
 TOKENS, RANKS = (1, 32, 128, 512, 2048, 8192), (8, 16, 64)
 
@@ -80,11 +80,7 @@ def arguments() -> argparse.Namespace:
     found.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     found.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="of LoRA; others take the first")
     found.add_argument("--shrink", type=int, default=1, help="divide every size by this")
-    found.add_argument("--small", action="store_true", help="an eighth of the sizes, three numbers of tokens, rank 8")
-    args = found.parse_args()
-    if args.small:
-        args.shrink, args.tokens, args.ranks = 8, (1, 32, 128), (8,)
-    return args
+    return parsed(found, {"shrink": 8, "tokens": (1, 32, 128), "ranks": (8,)})
 
 
 if __name__ == "__main__":

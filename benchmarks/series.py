@@ -34,6 +34,15 @@ def parser(description: str | None, name: str) -> argparse.ArgumentParser:
     return found
 
 
+def parsed(found: argparse.ArgumentParser, small: Mapping[str, Any]) -> argparse.Namespace:
+    """The command line, with `small` as the defaults where --small asks for them."""
+    said = ", ".join(f"{name} {value}" for name, value in small.items())
+    found.add_argument("--small", action="store_true", help=f"sizes for two cores, where nothing else is said: {said}")
+    if found.parse_known_args()[0].small:
+        found.set_defaults(**small)
+    return found.parse_args()
+
+
 def chosen(contest: Contest, wanted: Sequence[str], without: Sequence[str]) -> list[str]:
     """Names of contenders: those asked for, all where none are; ours is always there.
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from contest import Contest
 from models import METHODS, MODELS, ModelCase, ModelProblem, bound, check, for_method
-from series import parser, series
+from series import parsed, parser, series
 
 LAYERS = 32
 
@@ -78,11 +78,7 @@ def arguments() -> argparse.Namespace:
     found.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192] if gpu else [512])
     found.add_argument("--ranks", type=int, nargs="+", default=[16])
     found.add_argument("--shrink", type=int, default=1, help="divide every size by this")
-    found.add_argument("--small", action="store_true", help="four layers of 768, 512 tokens")
-    args = found.parse_args()
-    if args.small:
-        args.models, args.tokens = ["small"], [512]
-    return args
+    return parsed(found, {"models": ["small"], "tokens": [512]})
 
 
 if __name__ == "__main__":
