@@ -85,6 +85,11 @@ def _aligned(gate: Tensor, x: Tensor) -> Tensor:
     return gate.view(gate.shape[0], *(1,) * (x.ndim - 2), gate.shape[1])
 
 
+def _row(x: Tensor) -> int:
+    """Tokens in each row of the batch."""
+    return x.shape[1:-1].numel()
+
+
 def _within(h: Tensor, gate: Tensor) -> Tensor:
     return torch.where(_aligned(gate != 0, h), h, 0)
 
@@ -106,8 +111,14 @@ def _linear(x, weight, layout, bias, h, B, gate):
 # --- a CPU: the rows of every adapter, found by the values of the gate ---
 
 
-def segments(gate: Tensor) -> list[tuple[slice, Index]]:
+_LONG = 16
+"""Tokens of a row from which a product for every run of rows costs less than a copy of the rows side by side."""
+
+
+def segments(gate: Tensor, tokens: int = 1) -> list[tuple[slice, Index]]:
     """(ranks, rows) of every run of ranks that the same rows use; all in one where most pairs are in use.
+
+    Rows are a slice where they are neighbours, as they always are where a row has many tokens.
 
     >>> segments(torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 2.0]]))
     [(slice(0, 2, None), slice(0, 2, None)), (slice(2, 3, None), slice(3, 4, None))]
@@ -122,16 +133,24 @@ def segments(gate: Tensor) -> list[tuple[slice, Index]]:
     for pattern, count in zip(patterns.t(), counts.tolist(), strict=True):
         rows = pattern.nonzero().flatten()
         if len(rows):
-            first, last = int(rows[0]), int(rows[-1]) + 1
-            found.append((slice(start, start + count), slice(first, last) if last - first == len(rows) else rows))
+            found += [(slice(start, start + count), index) for index in _runs(rows, tokens)]
         start += count
     return found
+
+
+def _runs(rows: Tensor, tokens: int) -> list[Index]:
+    """Row numbers in order, as slices of neighbours; all in one tensor where that is several short ones."""
+    cuts = (rows.diff() > 1).nonzero().flatten().add(1).tolist()
+    if cuts and tokens < _LONG:
+        return [rows]
+    ends = zip([0, *cuts], [*cuts, len(rows)], strict=True)
+    return [slice(int(rows[a]), int(rows[b - 1]) + 1) for a, b in ends]
 
 
 def _cpu_shrink(x, A, gate):
     A, gate = A.to(x.dtype), gate.to(x.dtype)
     h = x.new_zeros(*x.shape[:-1], A.shape[0])
-    for ranks, rows in segments(gate):
+    for ranks, rows in segments(gate, _row(x)):
         part = x[rows]
         h[rows, ..., ranks] = F.linear(part, A[ranks]) * _aligned(gate[rows, ranks], part)
     return h
@@ -139,7 +158,7 @@ def _cpu_shrink(x, A, gate):
 
 def _cpu_add(y, h, M, gate):
     """Add `h M'` to y, in place."""
-    for ranks, rows in segments(gate):
+    for ranks, rows in segments(gate, _row(h)):
         part, factor = _within(h[rows, ..., ranks], gate[rows, ranks]).flatten(0, -2), M[:, ranks].t()
         if isinstance(rows, slice):
             y[rows].view(-1, y.shape[-1]).addmm_(part, factor)
@@ -158,9 +177,9 @@ def _cpu_linear(x, weight, layout, bias, h, B, gate):
 
 def _cpu_outer(h, x, gate):
     out = x.new_zeros(h.shape[-1], x.shape[-1])
-    for ranks, rows in segments(gate):
+    for ranks, rows in segments(gate, _row(h)):
         part = _within(h[rows, ..., ranks], gate[rows, ranks])
-        torch.mm(part.flatten(0, -2).t(), x[rows].flatten(0, -2), out=out[ranks])
+        out[ranks].addmm_(part.flatten(0, -2).t(), x[rows].flatten(0, -2))
     return out
 
 

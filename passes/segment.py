@@ -15,9 +15,12 @@ from rewrite.passes.builder import example
 from rewrite.passes.operators import adapted_linear, cat, linear, mul, segmented_shrink, split
 from rewrite.passes.rule import rule
 
-_LIGHT = 32
-"""How many times the summed rank is below the narrower side of a layer where all adapters are computed for all rows:
-their products are then a few per cent of the layer's own, and one pass over the output has them all."""
+_LIGHT = {"cuda": 32, "cpu": 8}
+"""How many times the summed rank is below the narrower side of a layer where all adapters are computed for all rows.
+
+Their products are then a few per cent of the layer's own, and one pass over the output has them all.  On a CPU (768 x
+2048, rank 16) a step was 0.9 times as fast with 4 adapters and 1.3 times with 16.
+"""
 
 
 @rule(adapted_linear("x", "stored", "layout", "b", "hs", "Bs", "scales", "starts"))
@@ -31,7 +34,7 @@ def segment(r, x, stored, layout, b, hs, Bs, scales, starts) -> Any:
         return None
     d_out = example(r.origin).shape[-1]
     ranks = [int(h.shape[-1]) for h in hs]
-    if any(B.shape[0] != d_out for B in Bs) or sum(ranks) * _LIGHT < min(d_out, x.shape[-1]):
+    if any(B.shape[0] != d_out for B in Bs) or sum(ranks) * _LIGHT.get(x.device.type, 32) < min(d_out, x.shape[-1]):
         return None
     gates = [
         _times(r.proxy(gate).reshape(-1, 1), scale).expand(-1, rank)

@@ -194,5 +194,12 @@ def test_segments_of_a_gate():
     gate = torch.tensor([[1.0, 1, 0, 0, 0], [0, 0, 0, 0, 2], [1, 1, 0, 0, 0], [0, 0, 0, 3, 0]])
     found = [(ranks, rows if isinstance(rows, slice) else rows.tolist()) for ranks, rows in op.segments(gate)]
     assert found == [(slice(0, 2), [0, 2]), (slice(3, 4), slice(3, 4)), (slice(4, 5), slice(1, 2))]
+    apart = [
+        (slice(0, 2), slice(0, 1)),
+        (slice(0, 2), slice(2, 3)),
+        (slice(3, 4), slice(3, 4)),
+        (slice(4, 5), slice(1, 2)),
+    ]
+    assert op.segments(gate, tokens=100) == apart
     assert op.segments(torch.ones(3, 4)) == [(slice(0, 4), slice(0, 3))]
     assert op.segments(torch.zeros(3, 4)) == []
