@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from rewrite.codegen.costs import register_flops_of_results
+from rewrite.codegen.cpu import dropout as cpu
 from rewrite.codegen.kernels import dropout as kernels
 from rewrite.codegen.masks import kept, scale
 
 Tensor = torch.Tensor
 _lib = torch.library.Library("rewrite", "FRAGMENT")
-_lib.define("draw(Tensor like) -> Tensor")
+_lib.define("draw(Tensor like) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 _lib.define("dropout(Tensor x, Tensor seed, float p) -> Tensor")
 _lib.define("dropped_linear(Tensor x, Tensor A, Tensor seed, int[] ranks, float[] p) -> Tensor")
 _lib.define("dropped_linear_core(Tensor x, Tensor A, Tensor seed, int[] ranks, float[] p) -> Tensor")
@@ -39,7 +40,8 @@ def _draw(like: Tensor) -> Tensor:
 
 def _masked(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """The elements of a matrix that are kept, zero elsewhere."""
-    return torch.where(kept(x.shape[0], x.shape[1], seed, p), x, x.new_zeros(()))
+    found = cpu.copied(x, seed, p)
+    return torch.where(kept(x.shape[0], x.shape[1], seed, p), x, x.new_zeros(())) if found is None else found
 
 
 def _dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
@@ -95,7 +97,9 @@ def _linear_gradients(dh, x, A, seed, ranks, p, input):
 
 def _add_input_gradient(dx: Tensor, dh: Tensor, A: Tensor, seed: Tensor, ranks: Sequence[int], p: Sequence[float]):
     for di, Ai, si, pi in zip(dh.split(ranks, -1), A.split(ranks), seed.split(1), p, strict=True):
-        dx += _masked((di @ Ai) * scale(pi), si, pi)
+        product = (di * scale(pi)) @ Ai
+        if not cpu.added(dx, product, si, pi):
+            dx += _masked(product, si, pi)
 
 
 def add_input_gradient(

@@ -1,4 +1,7 @@
-"""batch: adapters that share an input become one down-projection (q, k, v; gate and up)."""
+"""batch: adapters that share an input become one down-projection (q, k, v; gate and up).
+
+Behind dropout each keeps a mask of its own, and the product computes them as it goes.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from rewrite.passes.operators import add, inserted, linear, sub
+from rewrite.passes.operators import add, dropout, inserted, linear, sub
 from rewrite.passes.pattern import Captures, Pattern
 from rewrite.passes.rule import rule
 
 
 class Shrink(Pattern):
-    """A down-projection of an adapter: `linear(x, A)` that `insert` made, without a bias, narrower than x.
+    """A down-projection of an adapter: `inner`, a `linear(x, A)` that `insert` made, without a bias, narrower than x.
 
     Not the product of a layer that a method states anew, `W x + b` or `W x - ...`: W is no factor, and its copy beside
     factors would be as large as it is.
     """
 
-    inner = linear("x", "A")
+    def __init__(self, inner: Pattern) -> None:
+        self.inner = inner
 
     def match(self, node: Any, captures: Captures, matched: list[fx.Node], root: bool = False) -> Captures | None:
         if not isinstance(node, fx.Node) or not inserted(node):
@@ -37,7 +41,7 @@ class Shrink(Pattern):
         return self.inner.names()
 
 
-@rule(Shrink(), group="x")
+@rule(Shrink(linear("x", "A")), group="x")
 def batch(r: Any, x: Any, A: Any) -> Any:
     """linear(x, A1), linear(x, A2), ...  ->  split(linear(x, cat(A1, A2, ...)))"""
     if len(A) < 2:
@@ -49,3 +53,16 @@ def batch(r: Any, x: Any, A: Any) -> Any:
     parts = h.split([a.shape[0] for a in different], dim=-1)
     taken = {a.node: parts[i] for i, a in enumerate(different)}
     return [taken[a.node] for a in A]
+
+
+@rule(Shrink(linear(dropout("x", "seed", "p"), "A")), group="x")
+def batch_dropped(r: Any, x: Any, seed: Any, p: Any, A: Any) -> Any:
+    """linear(dropout(x, s1, p), A1), ...  ->  split(dropped_linear(x, cat(A1, ...), cat(s1, ...), p))"""
+    ranks = [a.shape[0] for a in A]
+    if len(A) == 1:
+        return [torch.ops.rewrite.dropped_linear(x, A[0], seed[0], ranks, p)]
+    parts = torch.ops.rewrite.dropped_linear(x, torch.cat(A), torch.cat(seed), ranks, p).split(ranks, dim=-1)
+    return [parts[i] for i in range(len(A))]
+
+
+BATCH = (batch_dropped, batch)

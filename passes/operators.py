@@ -11,6 +11,7 @@ from torch import fx
 from torch._C import _nn  # type: ignore[attr-defined]  # where Dynamo finds F.linear and F.pad
 
 import rewrite.codegen.cross_entropy
+import rewrite.codegen.dropout
 import rewrite.codegen.ops
 import rewrite.codegen.row_norms
 import rewrite.codegen.segmented  # noqa: F401  (they define torch.ops.rewrite)
@@ -38,6 +39,7 @@ clone = Op("clone", ("input", "memory_format"), torch.clone, aten.clone.default,
 to = Op("to", ("input", "dtype"), methods=("to",))
 cat = Op("cat", ("tensors", "dim"), torch.cat, torch.concat, aten.cat.default)
 narrow = Op("narrow", ("input", "dim", "start", "length"), torch.narrow, aten.narrow.default, methods=("narrow",))
+dropout = Op("dropout", ("x", "seed", "p"), torch.ops.rewrite.dropout, torch.ops.rewrite.dropout.default)
 low_rank_weight = Op(
     "low_rank_weight",
     ("W", "A", "B", "scale", "transposed"),

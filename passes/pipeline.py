@@ -15,7 +15,7 @@ from torch import fx
 from rewrite.codegen.typed import typed_op
 from rewrite.errors import RewriteError
 from rewrite.passes import keep
-from rewrite.passes.batch import batch
+from rewrite.passes.batch import BATCH
 from rewrite.passes.canonical import CANONICAL
 from rewrite.passes.coarse import coarse
 from rewrite.passes.dump import dump, program
@@ -46,7 +46,7 @@ PIPELINE = (
     Pass("insert", (insert,)),
     Pass("canonical", CANONICAL),
     Pass("factor", (*OPEN, FACTOR, *ROWS)),
-    Pass("batch", (batch,)),
+    Pass("batch", BATCH),
     Pass("fuse", (*FUSE, *SEGMENT)),
     Pass("loss", LOSS),
 )

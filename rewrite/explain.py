@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from torch import nn
 
 from rewrite.bind import bind
+from rewrite.codegen.cpu import dropout as cpu_dropout
 from rewrite.codegen.routes import of_storage
 from rewrite.methods import registry
 from rewrite.parser import parse
@@ -126,15 +127,18 @@ _PLACES = {"cpu": "the CPU", "cuda": "the GPU"}
 
 
 def _kernels(state: Attachment, held: Sequence[Held]) -> list[str]:
-    """What computes with the weights that are stored in another format, and why not the faster way."""
+    """What computes with stored weights and masks of dropout, and why not the faster way."""
     stored = {(h.storage, h.device.partition(":")[0]) for h in held if h.base}
     names = dict.fromkeys(r["method"] for r, g in zip(state.sites, state.grafts, strict=True) if g.where == "storage")
-    return [
+    lines = [
         f"{name} on {place}: {of_storage(name, device)}"
         for name in names
         for device, place in _PLACES.items()
         if (name, device) in stored
     ]
+    drops = any(getattr(b.method, "dropout", 0.0) for b in bind(parse(state.spec), registry()))
+    on_cpu = drops and any(device == "cpu" for _, device in stored)
+    return [*lines, f"dropout on the CPU: {cpu_dropout.route()}"] if on_cpu else lines
 
 
 def _routes(state: Attachment) -> list[str]:

@@ -77,6 +77,15 @@ class Build:
         """Why the library is not used, as far as is known without compiling; None if nothing speaks against it."""
         return f"{SWITCH}=0" if switched_off() else self.failure
 
+    def route(self) -> str:
+        """What computes, and why it is not the kernels where it is not: a line."""
+        if reason := self.refusal():
+            return f"PyTorch operators, no C++ kernels: {reason}"
+        how = f"C++ kernels, {'no vector instructions' if self.target == 'portable' else self.target}"
+        if not self.loaded:
+            return f"{how}, compiled at the first use"
+        return how if self.threads else f"{how}, one thread: the compiler has no OpenMP"
+
     @property
     def loaded(self) -> bool:
         return self._loaded is not None

@@ -45,13 +45,7 @@ def kernels(target: str | None = None) -> Build:
 
 def route() -> str:
     """What computes with NF4 weights on this CPU, and why it is not the kernels where it is not: a line."""
-    found = kernels()
-    if reason := found.refusal():
-        return f"PyTorch operators, no C++ kernels: {reason}"
-    how = f"C++ kernels, {'no vector instructions' if found.target == 'portable' else found.target}"
-    if not found.loaded:
-        return f"{how}, compiled at the first use"
-    return how if found.threads else f"{how}, one thread: the compiler has no OpenMP"
+    return kernels().route()
 
 
 def unreadable(stored: Sequence[Tensor], found: Build | None = None) -> str | None:

@@ -59,6 +59,7 @@ SPECS = {
     "bias": "lora(r=2, bias=true, scale=rs)@attn",
     "residual": "lora(r=2, init=pissa)@attn.k,o",
     "two": "lora(r=2)@attn.q + lora(r=3)@attn.q,o",
+    "dropout": "lora(r=2, dropout=0.3)@linear",
     "nf4": "lora(r=2)@attn.q,o + nf4(linear)",
     "nf4 double": "nf4(linear, double_quant=true) + lora(r=2)@attn.v",
 }
@@ -71,7 +72,9 @@ def test_every_prefix_of_the_pipeline_keeps_the_function(spec, bias, steps):
     model, x = adapted(spec, bias), torch.randn(2, 4, 10, dtype=torch.float64)
     gm = capture(model, x)
     pipeline.run(gm, GraphRecord("test"), PIPELINE[:steps])
+    torch.manual_seed(5)  # of the dropout
     (y,) = gm(*inputs(gm))
+    torch.manual_seed(5)
     expected = model(x)
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
     for ours, theirs in zip(gradients(model, y), gradients(model, expected), strict=True):
@@ -98,6 +101,16 @@ def test_siblings_share_one_down_projection():
     ]
     assert count(gm, "adapted_linear") == 8
     assert count(gm, "linear") - count(gm, "adapted_linear") == 4  # one shrink for q, k, v, one for o, per layer
+
+
+def test_siblings_behind_dropout_share_one_product_with_masks_of_their_own():
+    gm, record = run("lora(r=3, dropout=0.2)@attn.q,k,o + lora(r=2, dropout=0.4)@attn.v")
+    products = [n for n in gm.graph.nodes if "dropped_linear" in str(n.target)]
+    assert [n.args[3:] for n in products] == [([3, 3, 2], [0.2, 0.2, 0.4]), ([3], [0.2])] * 2
+    assert count(gm, "rewrite.dropout") == 0
+    assert count(gm, "draw") == 8  # a seed a site
+    assert count(gm, "adapted_linear") == 8
+    assert not record.notes
 
 
 def test_every_adapter_is_inserted_and_fused_at_its_site():
