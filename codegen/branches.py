@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from rewrite.codegen.below import define_below
 from rewrite.codegen.costs import register_flops_of_results
 from rewrite.codegen.dropout import add_input_gradient
 from rewrite.codegen.kernels import gradients, linear, outer_product
@@ -123,6 +124,13 @@ def _sum_fake(a, b, dh=None, A=None, seed=None, ranks=(), p=()):
 
 torch.library.register_autograd(
     "rewrite::low_rank_gradients", _gradients_backward, setup_context=_gradients_setup, lib=_lib
+)
+define_below(
+    _lib,
+    torch.ops.rewrite.low_rank_gradients.default,
+    _gradients_fake,
+    CompositeExplicitAutograd=_gradients,
+    CUDA=_gradients_cuda,
 )
 
 

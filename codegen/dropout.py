@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from rewrite.codegen.below import define_below
 from rewrite.codegen.costs import register_flops_of_results
 from rewrite.codegen.cpu import dropout as cpu
 from rewrite.codegen.kernels import dropout as kernels
@@ -176,6 +177,11 @@ def _linear_gradients_fake(dh, x, A, seed, ranks, p, input):
 
 torch.library.register_autograd("rewrite::dropout", _dropout_backward, setup_context=_dropout_setup, lib=_lib)
 torch.library.register_autograd("rewrite::dropped_linear_core", _linear_backward, setup_context=_linear_setup, lib=_lib)
+for _op, _fake, _reference, _cuda in (
+    (torch.ops.rewrite.dropout.default, _dropout_fake, _dropout, _dropout_cuda),
+    (torch.ops.rewrite.dropped_linear_core.default, _linear_fake, _linear, _linear_cuda),
+):
+    define_below(_lib, _op, _fake, CompositeExplicitAutograd=_reference, CUDA=_cuda)
 
 
 @register_flop_formula(torch.ops.rewrite.dropped_linear_core)

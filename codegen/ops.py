@@ -22,6 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 import rewrite.codegen.weights  # noqa: F401  (defines rewrite::low_rank_weight)
 from rewrite.codegen import routes
 from rewrite.codegen.activations import coarse_activation
+from rewrite.codegen.below import define_below
 from rewrite.codegen.branches import add_branches
 from rewrite.codegen.costs import register_flops_of_results
 from rewrite.codegen.storage import layout as parse_layout
@@ -104,18 +105,22 @@ def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _core(x, weight, layout, bias, h, B, scale, start, skip):
-    w = decode(weight, layout).to(x.dtype)
+    w = weight[0] if layout == "dense" else decode(weight, layout)
+    w = w if w.dtype == x.dtype else w.to(x.dtype)
     rows = x.reshape(-1, x.shape[-1])
     # Not a view of a product: a model may go on to change the output in place, which autograd forbids for views.
-    out = rows.new_empty(*x.shape[:-1], w.shape[0])
+    out = x.new_empty(*x.shape[:-1], w.shape[0])
     y = out.view(-1, w.shape[0])
-    (first, last), *rest = _kept(skip, w.shape[1])
+    parts = [(rows, w)]
+    if skip:
+        parts = [(rows[:, first:last], w[:, first:last]) for first, last in _kept(skip, w.shape[1])]
+    (first, W), *rest = parts
     if bias is None:
-        torch.mm(rows[:, first:last], w[:, first:last].t(), out=y)
+        torch.mm(first, W.t(), out=y)
     else:
-        torch.addmm(bias, rows[:, first:last], w[:, first:last].t(), out=y)
-    for first, last in rest:
-        y.addmm_(rows[:, first:last], w[:, first:last].t())
+        torch.addmm(bias, first, W.t(), out=y)
+    for part, W in rest:
+        y.addmm_(part, W.t())
     add_branches(y, h, B, scale, start)
     return out
 
@@ -136,8 +141,6 @@ def _routed_core(x, weight, layout, *rest):
 
 def _kept(skip: Sequence[int], columns: int) -> list[tuple[int, int]]:
     """What is left of that many columns without those that are skipped, as slices; one at least."""
-    if not skip:
-        return [(0, columns)]
     return [(a, b) for a, b in ((0, skip[0]), (skip[1], columns)) if a < b] or [(0, 0)]
 
 
@@ -255,6 +258,8 @@ torch.library.register_fake(
     lib=_lib,
 )
 torch.library.register_autograd("rewrite::adapted_linear_core", _core_backward, setup_context=_core_setup, lib=_lib)
+_routed = {"CompositeExplicitAutograd": _core, "CPU": _routed_core, "CUDA": _routed_core}
+define_below(_lib, torch.ops.rewrite.adapted_linear_core.default, _core_fake, **_routed)
 
 
 @register_flop_formula(torch.ops.rewrite.adapted_linear_core)

@@ -127,9 +127,13 @@ def _inductor(
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
 
+    from rewrite.passes.below_autograd import BelowAutograd
+
     patches: dict[str, Any] = {**(list_mode_options(mode) if mode else {}), **options}
     if record.passes:
         patches["custom_partitioner_fn"] = Partitioner(record, decompositions=select_decomp_table())
+        asked = patches.get("post_grad_custom_pre_pass", config.post_grad_custom_pre_pass)
+        patches["post_grad_custom_pre_pass"] = BelowAutograd(asked)
     if patches.get("max_autotune", config.max_autotune):
         tune.ask()
     # As an argument, not around the call: a backward graph with symbolic sizes is compiled when it first runs.
