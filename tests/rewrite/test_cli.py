@@ -303,6 +303,7 @@ def test_kernels_without_triton(capsys: pytest.CaptureFixture[str], monkeypatch:
 def test_kernels_shows_what_was_counted(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
+    pytest.importorskip("triton")
     counted = [aot.Resources(registers=34 + i, spills=8 * i, shared=2048 * i) for i in range(99)]
     monkeypatch.setattr(aot, "compile_all", lambda jobs: iter(counted[: len(jobs)]))
     command = ["kernels", "nf4_dequantise", "--target", "sm_90"]
@@ -314,7 +315,7 @@ def test_kernels_shows_what_was_counted(
     assert main([*command, "--check", "--json", str(tmp_path / "kernels.json")]) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.splitlines()[0].endswith("spills 8 bytes or accesses of local memory")
+    assert err.splitlines()[0].endswith("spills 8 bytes of registers")
     records = json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))
     assert [record["registers"] for record in records] == [34 + i for i in range(count)]
 

@@ -66,7 +66,7 @@ def test_complaints():
     assert aot.complaints(kernel, Config.of(BLOCK_M=16), SM90, aot.Resources(registers=32)) == []
     found = aot.Resources(registers=255, spills=24, shared=200_000, fused=2)
     assert aot.complaints(kernel, config, SM80, found) == [
-        "spills 24 bytes or accesses of local memory",
+        "spills 24 bytes of registers",
         "needs 200,000 bytes of shared memory, sm_80 has 166,912",
         "no tensor-core instruction at BLOCK_M=64",
         "contracts 2 products and sums that must be rounded one by one",
