@@ -31,22 +31,40 @@ from rewrite.codegen import cache
 SWITCH = "REWRITE_CPU_KERNELS"  # set to 0, it keeps every C++ kernel away
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-Wno-psabi")
-_SETS = {  # instruction sets by what PyTorch calls them; the sources look at the compiler's macros
-    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
+_SETS = {  # what the compiler may use; the sources look at its macros
+    "AMX": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "AVX512_BF16": (*_AVX512, "-mavx512bf16"),
+    "AVX512": _AVX512,
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
 }
+PORTABLE = "portable"
 _PATIENCE = 1.5  # seconds of silence
 _LONGEST = 300  # seconds for a compiler, or for another process that compiles the same
 
 
-def instruction_set() -> str:
-    """The vector instructions to compile for: those that PyTorch uses here (`ATEN_CPU_CAPABILITY` lowers them).
+@functools.cache
+def instruction_sets() -> tuple[str, ...]:
+    """What this processor has of the instructions to compile for, best first; `ATEN_CPU_CAPABILITY` lowers it.
 
-    >>> instruction_set() in ("AVX512", "AVX2", "portable")
-    True
+    >>> instruction_sets()[-1]
+    'portable'
     """
-    found = torch.backends.cpu.get_cpu_capability()
-    return found if found in _SETS else "portable"
+    found, level = [PORTABLE], torch.backends.cpu.get_cpu_capability()
+    if level in ("AVX2", "AVX512"):
+        found.append("AVX2")
+    if level == "AVX512":
+        found.append("AVX512")
+        if _has("_is_avx512_bf16_supported"):
+            found.append("AVX512_BF16")
+            if _has("_is_amx_tile_supported") and _has("_init_amx"):  # the system lends tiles to who asks
+                found.append("AMX")
+    return tuple(found[::-1])
+
+
+def _has(name: str) -> bool:
+    # Not documented; a PyTorch without it gets the next set.
+    return bool(getattr(torch.cpu, name, bool)())
 
 
 @dataclass
@@ -81,7 +99,7 @@ class Build:
         """What computes, and why it is not the kernels where it is not: a line."""
         if reason := self.refusal():
             return f"PyTorch operators, no C++ kernels: {reason}"
-        how = f"C++ kernels, {'no vector instructions' if self.target == 'portable' else self.target}"
+        how = f"C++ kernels, {'no vector instructions' if self.target == PORTABLE else self.target}"
         if not self.loaded:
             return f"{how}, compiled at the first use"
         return how if self.threads else f"{how}, one thread: the compiler has no OpenMP"
@@ -105,7 +123,8 @@ def switched_off() -> bool:
 
 @functools.cache
 def build(source: Path, target: str) -> Build:
-    """The one `Build` of a source for an instruction set in this process."""
+    """The one `Build` of a source for one of the `instruction_sets` in this process."""
+    assert target in instruction_sets()  # which also asks the system for what it lends
     return Build(source, target)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from rewrite.codegen.cpu.build import Build, build, instruction_set
+from rewrite.codegen.cpu.build import Build, build, instruction_sets
 from rewrite.codegen.masks import threshold
 
 Tensor = torch.Tensor
@@ -17,8 +17,8 @@ _SOURCE = Path(__file__).with_name("dropout.cpp")
 
 
 def kernels(target: str | None = None) -> Build:
-    """The library of this module for an instruction set, by default that of this machine; not compiled yet."""
-    return build(_SOURCE, target or instruction_set())
+    """The library of this module for one of the `instruction_sets`, by default the best; not compiled yet."""
+    return build(_SOURCE, target or instruction_sets()[0])
 
 
 def route() -> str:

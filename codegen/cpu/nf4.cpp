@@ -36,7 +36,6 @@ typedef float Loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias
 
 inline Vector load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
 inline void store(float* p, Vector v) { *reinterpret_cast<Loose*>(p) = v; }
-inline Vector all(float x) { return Vector{} + x; }
 
 inline Vector fma(Vector a, Vector b, Vector c) {
 #if defined(NF4_AVX512)
@@ -70,11 +69,10 @@ inline To bits(From from) {
     return to;
 }
 
-// The upper half of the float32 is the bfloat16; a nan keeps its sign and becomes quiet.
-inline Vector bfloat16_of(Vector v) {
-    Bits u = (Bits)v, number = (Bits)(v == v);
-    Bits nearest = u + 0x7fff + ((u >> 16) & 1);
-    return (Vector)(((nearest & number) | ((u | 0x400000) & ~number)) & 0xffff0000u);
+// The upper half of the result is the bfloat16.  Not for a nan whose lower bits are set: they would carry over.
+inline Bits bfloat16_of(Vector v) {
+    Bits u = (Bits)v;
+    return u + 0x7fff + ((u >> 16) & 1);
 }
 
 #if defined(NF4_AVX512)
@@ -121,7 +119,7 @@ inline Vector float32_of(Halves h) {
 #endif
 
 inline Vector rounded(Vector v, int32_t dtype) {
-    if (dtype == BFLOAT16) return bfloat16_of(v);
+    if (dtype == BFLOAT16) return (Vector)(bfloat16_of(v) & 0xffff0000u);
     if (dtype == FLOAT16) return float32_of(float16_of(v));
     return v;
 }
@@ -173,6 +171,19 @@ struct Table<float> {
 
 template <>
 struct Table<uint16_t> {
+#if defined(NF4_AVX512)
+    __m512i values;  // twice
+
+    Table(const Sixteen& v, int32_t dtype) {
+        if (dtype == FLOAT16) {
+            values = _mm512_broadcast_i64x4(float16_of(v.part[0]));
+        } else {
+            const __m512i odd = _mm512_set_epi64(0x001f001d001b0019, 0x0017001500130011, 0x000f000d000b0009, 0x0007000500030001,
+                                                 0x001f001d001b0019, 0x0017001500130011, 0x000f000d000b0009, 0x0007000500030001);
+            values = _mm512_permutexvar_epi16(odd, (__m512i)bfloat16_of(v.part[0]));
+        }
+    }
+#else
     alignas(32) uint16_t values[16];
 
     Table(const Sixteen& v, int32_t dtype) {
@@ -181,10 +192,8 @@ struct Table<uint16_t> {
             if (dtype == FLOAT16) {
                 halves = float16_of(v.part[i]);
             } else {
-                Bits upper = (Bits)bfloat16_of(v.part[i]) >> 16;
-#if defined(NF4_AVX512)
-                halves = _mm512_cvtepi32_epi16((__m512i)upper);
-#elif defined(NF4_AVX2)
+                Bits upper = bfloat16_of(v.part[i]) >> 16;
+#if defined(NF4_AVX2)
                 __m256i both = _mm256_packus_epi32((__m256i)upper, (__m256i)upper);
                 halves = _mm256_castsi256_si128(_mm256_permute4x64_epi64(both, 0x08));
 #else
@@ -194,16 +203,16 @@ struct Table<uint16_t> {
             std::memcpy(values + i * LANES, &halves, sizeof halves);
         }
     }
+#endif
 
     void run(const uint8_t* codes, int64_t n, uint16_t* out) const {
         int64_t i = 0;
 #if defined(NF4_AVX512)
         // vpermw reads 5 bits of an index; the table stands there twice, so that the fifth, a neighbour's, is idle.
-        __m512i table = _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(values)));
         for (; i + 32 <= n; i += 32) {
             __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i / 2)));
             __m512i index = _mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16));
-            _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(index, table));
+            _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(index, values));
         }
 #elif defined(NF4_AVX2)
         // pshufb looks up bytes: the lower and the upper ones of the values, then side by side.
@@ -222,7 +231,10 @@ struct Table<uint16_t> {
             _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(even, odd, 0x31));
         }
 #endif
-        for (; i < n; ++i) out[i] = values[i % 2 ? codes[i / 2] & 15 : codes[i / 2] >> 4];
+        if (i == n) return;
+        uint16_t value[16];
+        std::memcpy(value, &values, sizeof value);
+        for (; i < n; ++i) out[i] = value[i % 2 ? codes[i / 2] & 15 : codes[i / 2] >> 4];
     }
 
 #if defined(NF4_AVX2)
@@ -253,9 +265,14 @@ struct Weight {  // as `nf4.py` declares it
 namespace {
 
 inline float scale_of(const Weight& w, int64_t block) {
-    if (w.absmax) return w.absmax[block];
-    float product = w.nested_code[w.absmax_codes[block]] * w.nested_absmax[block / 256];
-    return product + *w.offset;
+    float scale;
+    if (w.absmax) {
+        scale = w.absmax[block];
+    } else {
+        scale = w.nested_code[w.absmax_codes[block]] * w.nested_absmax[block / 256];
+        scale += *w.offset;
+    }
+    return scale == scale ? scale : bits<float>(0x7fc00000);
 }
 
 inline Sixteen code_of(const Weight& w) {
@@ -272,8 +289,9 @@ void decode(const Weight& w, const Sixteen& code, int64_t begin, int64_t end, T*
         const float scale = scale_of(w, block);
         Sixteen values;
         for (int i = 0; i < PARTS; ++i) {
-            values.part[i] = rounded(code.part[i] * scale, w.dtype);
-            if (dtype == FLOAT32) values.part[i] = rounded(values.part[i], w.product);
+            values.part[i] = code.part[i] * scale;
+            if (dtype != w.dtype) values.part[i] = rounded(values.part[i], w.dtype);
+            if (dtype == FLOAT32 && w.product != w.dtype) values.part[i] = rounded(values.part[i], w.product);
         }
         Table<T> table(values, dtype);
         if (begin % 2) {  // the lower half of a byte
@@ -288,101 +306,304 @@ void decode(const Weight& w, const Sixteen& code, int64_t begin, int64_t end, T*
 
 // --- products with few tokens ------------------------------------------------------------------------------------
 
-constexpr int ROWS = 4;       // of the weight that a product takes together
+constexpr int ROWS = 4;     // of the weight that a product takes together
 constexpr int TOKENS = LANES == 16 ? 4 : 2;
-constexpr int SPAN = 1024;    // columns that are decoded at a time: ROWS of them stay in the first-level cache
-constexpr int DEPTH = 16;     // rows that an input gradient decodes at a time,
-constexpr int TILE = 512;     // of so many columns
-constexpr int VECTORS = 4;    // of a tile that it takes together
+constexpr int SPAN = 1024;  // columns that are decoded at a time: ROWS of them stay in the first-level cache
+constexpr int TILE = 512;   // columns of an input gradient that come together
+constexpr int VECTORS = 4;  // of a tile that it takes together
 
-constexpr int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
+constexpr int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// y[t][r] += x[t] . w[r] over n columns, n a multiple of the lanes.
-template <int T>
-void dots(const float* w, const float* x, int64_t x_stride, int64_t n, float* y, int64_t y_stride, int rows) {
+// How numbers are multiplied: as float32, or on processors that have it as pairs of bfloat16, added in float32.
+struct Floats {
+    typedef float Number;
+    typedef Vector Operand;
+    static constexpr int32_t DTYPE = FLOAT32;
+    static constexpr int WIDTH = LANES;  // numbers of an operand
+    static constexpr int BLOCK = 1;      // rows of the weight that an input gradient takes together,
+    static constexpr int DEPTH = 16;     // and that it decodes at a time,
+    static constexpr int TILE = 512;     // of so many columns
+    struct Session {};
+
+    static Operand get(const Number* p) { return load(p); }
+    static Operand spread(const Number* p) { return Vector{} + *p; }
+    static Vector add(Vector sum, Operand a, Operand b) { return fma(a, b, sum); }
+
+    // Where row r of a tile is decoded, and what is done to it then over n columns.
+    static Number* row(Number* part, Number*, int64_t r) { return part + r * TILE; }
+    static void decoded(Number*, const Number*, int64_t, int64_t) {}
+};
+
+#if defined(NF4_AVX512) && defined(__AVX512BF16__)
+#define NF4_PAIRS
+struct Pairs {
+    typedef uint16_t Number;
+    typedef __m512bh Operand;
+    static constexpr int32_t DTYPE = BFLOAT16;
+    static constexpr int WIDTH = 32;
+    static constexpr int BLOCK = 2;
+    static constexpr int DEPTH = 16;
+    static constexpr int TILE = 512;
+    struct Session {};
+
+    static Operand get(const Number* p) { return (Operand)_mm512_loadu_si512(p); }
+    static Operand spread(const Number* p) {
+        int32_t both;
+        std::memcpy(&both, p, 4);
+        return (Operand)_mm512_set1_epi32(both);
+    }
+    static Vector add(Vector sum, Operand a, Operand b) { return _mm512_dpbf16_ps(sum, a, b); }
+
+    // Two rows make pairs of their numbers, column by column.
+    static Number* row(Number*, Number* two, int64_t r) { return two + r % 2 * TILE; }
+    static void decoded(Number* part, const Number* two, int64_t r, int64_t n) {
+        if (r % 2) interleave(two, two + TILE, part + (r - 1) * TILE, n);
+    }
+    static void interleave(const Number* first, const Number* second, Number* to, int64_t n) {
+        const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);  // so that halves of lanes are in order
+        for (int64_t k = 0; k < n; k += 32) {
+            __m512i a = _mm512_permutexvar_epi64(order, _mm512_load_si512(first + k));
+            __m512i b = _mm512_permutexvar_epi64(order, _mm512_load_si512(second + k));
+            _mm512_store_si512(to + 2 * k, _mm512_unpacklo_epi16(a, b));
+            _mm512_store_si512(to + 2 * k + 32, _mm512_unpackhi_epi16(a, b));
+        }
+    }
+};
+#endif
+
+// y[t][r] += x[t] . w[r] over n columns, n a multiple of the operand's.
+template <class Kind, int T>
+void dots(const typename Kind::Number* w, const typename Kind::Number* x, int64_t x_stride, int64_t n, float* y,
+          int64_t y_stride, int rows) {
     Vector a[T][ROWS] = {};
-    for (int64_t k = 0; k < n; k += LANES) {
-        Vector part[ROWS];
-        for (int r = 0; r < ROWS; ++r) part[r] = load(w + r * SPAN + k);
+    for (int64_t k = 0; k < n; k += Kind::WIDTH) {
+        typename Kind::Operand part[ROWS];
+        for (int r = 0; r < ROWS; ++r) part[r] = Kind::get(w + r * SPAN + k);
         for (int t = 0; t < T; ++t) {
-            Vector xt = load(x + t * x_stride + k);
-            for (int r = 0; r < ROWS; ++r) a[t][r] = fma(xt, part[r], a[t][r]);
+            const auto xt = Kind::get(x + t * x_stride + k);
+            for (int r = 0; r < ROWS; ++r) a[t][r] = Kind::add(a[t][r], xt, part[r]);
         }
     }
     for (int t = 0; t < T; ++t)
         for (int r = 0; r < rows; ++r) y[t * y_stride + r] += sum(a[t][r]);
 }
 
-template <int T>
-void all_dots(const float* w, const float* x, int64_t x_stride, int64_t n, float* y, int64_t y_stride, int rows,
-              int64_t tokens) {
+template <class Kind, int T>
+void all_dots(const typename Kind::Number* w, const typename Kind::Number* x, int64_t x_stride, int64_t n, float* y,
+              int64_t y_stride, int rows, int64_t tokens) {
     for (; tokens >= T; tokens -= T, x += T * x_stride, y += T * y_stride)
-        dots<T>(w, x, x_stride, n, y, y_stride, rows);
-    if constexpr (T > 1) all_dots<T / 2>(w, x, x_stride, n, y, y_stride, rows, tokens);
+        dots<Kind, T>(w, x, x_stride, n, y, y_stride, rows);
+    if constexpr (T > 1) all_dots<Kind, T / 2>(w, x, x_stride, n, y, y_stride, rows, tokens);
 }
 
-void product_rows(const Weight& w, int64_t first, const float* x, int64_t tokens, float* y) {
-    alignas(64) float part[ROWS * SPAN];
+template <class Kind>
+void product_rows(const Weight& w, int64_t first, const typename Kind::Number* x, int64_t tokens, float* y, Kind) {
+    alignas(64) typename Kind::Number part[ROWS * SPAN];
     const Sixteen code = code_of(w);
     const int rows = int(std::min<int64_t>(ROWS, w.rows - first));
-    const int64_t x_stride = padded(w.columns);
+    const int64_t x_stride = up(w.columns, 32);
     for (int64_t t = 0; t < tokens; ++t)
         for (int r = 0; r < rows; ++r) y[t * w.rows + first + r] = 0;
     for (int64_t start = 0; start < w.columns; start += SPAN) {
-        const int64_t stop = std::min(w.columns, start + SPAN), n = padded(stop - start);
+        const int64_t stop = std::min(w.columns, start + SPAN), n = up(stop - start, Kind::WIDTH);
         for (int r = 0; r < ROWS; ++r) {
-            float* to = part + r * SPAN;
-            int64_t at = (first + r) * w.columns;
-            int64_t done = r < rows ? stop - start : 0;
-            if (done) decode<float>(w, code, at + start, at + stop, to, FLOAT32);
-            std::fill(to + done, to + n, 0.0f);
+            const int64_t at = (first + r) * w.columns, done = r < rows ? stop - start : 0;
+            if (done) decode(w, code, at + start, at + stop, part + r * SPAN, Kind::DTYPE);
+            std::fill(part + r * SPAN + done, part + r * SPAN + n, typename Kind::Number(0));
         }
-        all_dots<TOKENS>(part, x + start, x_stride, n, y + first, w.rows, rows, tokens);
+        all_dots<Kind, TOKENS>(part, x + start, x_stride, n, y + first, w.rows, rows, tokens);
     }
 }
 
-// g[t][:] += sum over r < rows of dy[t][r] w[r][:], for VECTORS vectors.
-template <int T>
-void outer(const float* w, const float* dy, int64_t dy_stride, int rows, float* g, int64_t g_stride) {
+// g[t][:] += sum over r < rows of dy[t][r] w[r][:], for VECTORS vectors of sums.
+template <class Kind, int T>
+void outer(const typename Kind::Number* w, const typename Kind::Number* dy, int64_t dy_stride, int64_t rows, float* g,
+           int64_t g_stride) {
     Vector a[T][VECTORS];
     for (int t = 0; t < T; ++t)
         for (int v = 0; v < VECTORS; ++v) a[t][v] = load(g + t * g_stride + v * LANES);
-    for (int r = 0; r < rows; ++r) {
-        Vector part[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) part[v] = load(w + r * TILE + v * LANES);
+    for (int64_t r = 0; r < rows; r += Kind::BLOCK) {
+        typename Kind::Operand part[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) part[v] = Kind::get(w + r * Kind::TILE + v * Kind::WIDTH);
         for (int t = 0; t < T; ++t) {
-            Vector s = all(dy[t * dy_stride + r]);
-            for (int v = 0; v < VECTORS; ++v) a[t][v] = fma(s, part[v], a[t][v]);
+            const auto s = Kind::spread(dy + t * dy_stride + r);
+            for (int v = 0; v < VECTORS; ++v) a[t][v] = Kind::add(a[t][v], s, part[v]);
         }
     }
     for (int t = 0; t < T; ++t)
         for (int v = 0; v < VECTORS; ++v) store(g + t * g_stride + v * LANES, a[t][v]);
 }
 
-template <int T>
-void all_outer(const float* w, const float* dy, int64_t dy_stride, int rows, float* g, int64_t g_stride, int64_t n,
-               int64_t tokens) {
+template <class Kind, int T>
+void some_outer(const typename Kind::Number* w, const typename Kind::Number* dy, int64_t dy_stride, int64_t rows,
+                float* g, int64_t g_stride, int64_t n, int64_t tokens) {
     for (; tokens >= T; tokens -= T, dy += T * dy_stride, g += T * g_stride)
-        for (int64_t k = 0; k < n; k += VECTORS * LANES) outer<T>(w + k, dy, dy_stride, rows, g + k, g_stride);
-    if constexpr (T > 1) all_outer<T / 2>(w, dy, dy_stride, rows, g, g_stride, n, tokens);
+        for (int64_t k = 0; k < n; k += VECTORS * LANES)
+            outer<Kind, T>(w + k * Kind::BLOCK, dy, dy_stride, rows, g + k, g_stride);
+    if constexpr (T > 1) some_outer<Kind, T / 2>(w, dy, dy_stride, rows, g, g_stride, n, tokens);
 }
 
-// g (tokens, TILE) = dy[:, rows first .. last] W[rows, columns start .. stop], the rest of it zero.
-void gradient_tile(const Weight& w, int64_t first, int64_t last, int64_t start, int64_t stop, const float* dy,
-                   int64_t tokens, float* g, int64_t g_stride) {
-    alignas(64) float part[DEPTH * TILE];
-    const Sixteen code = code_of(w);
-    constexpr int64_t step = VECTORS * LANES;
-    const int64_t n = (stop - start + step - 1) / step * step;
-    for (int64_t t = 0; t < tokens; ++t) std::fill(g + t * g_stride, g + t * g_stride + n, 0.0f);
-    for (; first < last; first += DEPTH) {
-        const int rows = int(std::min<int64_t>(DEPTH, last - first));
-        for (int r = 0; r < rows; ++r) {
-            int64_t at = (first + r) * w.columns;
-            decode<float>(w, code, at + start, at + stop, part + r * TILE, FLOAT32);
-            std::fill(part + r * TILE + stop - start, part + r * TILE + n, 0.0f);
+template <class Kind>
+void all_outer(const typename Kind::Number* w, const typename Kind::Number* dy, int64_t dy_stride, int64_t rows,
+               float* g, int64_t g_stride, int64_t n, int64_t tokens, Kind) {
+    some_outer<Kind, TOKENS>(w, dy, dy_stride, rows, g, g_stride, n, tokens);
+}
+
+#if defined(NF4_PAIRS) && defined(__AMX_BF16__)
+#define NF4_TILES
+
+// bfloat16 in the processor's tiles: 16 x 32 times 32 x 16, added to 16 x 16 float32.  The left operand lies in memory
+// row by row, the right one as pairs: the numbers 2 i and 2 i + 1 of each of its 16 columns side by side.
+struct Tiles : Pairs {
+    static constexpr int SIDE = 16, LONG = 32;
+    static constexpr int BLOCK = LONG;
+    static constexpr int DEPTH = 128;
+    static constexpr int TILE = 256;
+    static constexpr int HEIGHT = 32, WIDE = 512;  // of the weight that a product decodes at a time
+    static constexpr int LEAST = 3, MOST = 256;    // tokens
+
+    struct alignas(64) Shapes {
+        uint8_t palette = 1, start = 0, reserved[14] = {};
+        uint16_t bytes[16] = {};
+        uint8_t rows[16] = {};
+    };
+
+    struct Session {  // the tiles of this thread
+        Session() {
+            Shapes shapes;
+            for (int i = 0; i < 8; ++i) shapes.bytes[i] = 4 * SIDE, shapes.rows[i] = SIDE;
+            _tile_loadconfig(&shapes);
         }
-        all_outer<TOKENS>(part, dy + first, w.rows, rows, g, g_stride, n, tokens);
+        ~Session() { _tile_release(); }
+    };
+
+    static Number* row(Number*, Number* two, int64_t r) { return two + r % 2 * TILE; }
+    static void decoded(Number* part, const Number* two, int64_t r, int64_t n) {
+        if (r % 2) interleave(two, two + TILE, part + (r - 1) * TILE, n);
+    }
+};
+
+// Where a matrix of tiles lies: from one row to the next, from one tile to the next along the sum, and across it.
+struct Stride {
+    int64_t row, along, across;
+};
+
+// c[i][j] += a[i] b[j], i < I, j < J, sums of n numbers.
+template <int I, int J>
+void tiles(const uint16_t* a, Stride as, const uint16_t* b, Stride bs, int64_t n, float* c, Stride cs) {
+    _tile_loadd(0, c, 4 * cs.row);
+    if constexpr (I > 1) _tile_loadd(1, c + cs.along, 4 * cs.row);
+    if constexpr (J > 1) _tile_loadd(2, c + cs.across, 4 * cs.row);
+    if constexpr (I > 1 && J > 1) _tile_loadd(3, c + cs.along + cs.across, 4 * cs.row);
+    for (int64_t k = 0; k < n; k += Tiles::LONG, a += as.along, b += bs.along) {
+        _tile_loadd(4, a, 2 * as.row);
+        _tile_loadd(6, b, 2 * bs.row);
+        _tile_dpbf16ps(0, 4, 6);
+        if constexpr (I > 1) {
+            _tile_loadd(5, a + as.across, 2 * as.row);
+            _tile_dpbf16ps(1, 5, 6);
+        }
+        if constexpr (J > 1) {
+            _tile_loadd(7, b + bs.across, 2 * bs.row);
+            _tile_dpbf16ps(2, 4, 7);
+        }
+        if constexpr (I > 1 && J > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, 4 * cs.row);
+    if constexpr (I > 1) _tile_stored(1, c + cs.along, 4 * cs.row);
+    if constexpr (J > 1) _tile_stored(2, c + cs.across, 4 * cs.row);
+    if constexpr (I > 1 && J > 1) _tile_stored(3, c + cs.along + cs.across, 4 * cs.row);
+}
+
+// Here x lies in groups of 16 tokens, each (padded columns / 2, 16 tokens, 2).
+void product_rows(const Weight& w, int64_t first, const uint16_t* x, int64_t tokens, float* y, Tiles) {
+    alignas(64) uint16_t part[Tiles::HEIGHT * Tiles::WIDE];
+    alignas(64) float sums[Tiles::HEIGHT * Tiles::MOST];
+    const Sixteen code = code_of(w);
+    const int64_t rows = std::min<int64_t>(Tiles::HEIGHT, w.rows - first);
+    const int64_t group = Tiles::SIDE * up(w.columns, 32), held = up(tokens, Tiles::SIDE);
+    const Stride as = {Tiles::WIDE, Tiles::LONG, Tiles::SIDE * Tiles::WIDE};
+    const Stride bs = {2 * Tiles::SIDE, Tiles::SIDE * Tiles::LONG, group};
+    const Stride cs = {held, Tiles::SIDE * held, Tiles::SIDE};
+    std::fill(sums, sums + Tiles::HEIGHT * held, 0.0f);
+    for (int64_t start = 0; start < w.columns; start += Tiles::WIDE) {
+        const int64_t stop = std::min(w.columns, start + Tiles::WIDE), n = up(stop - start, Tiles::LONG);
+        for (int64_t r = 0; r < Tiles::HEIGHT; ++r) {
+            const int64_t at = (first + r) * w.columns, done = r < rows ? stop - start : 0;
+            if (done) decode(w, code, at + start, at + stop, part + r * Tiles::WIDE, BFLOAT16);
+            std::fill(part + r * Tiles::WIDE + done, part + r * Tiles::WIDE + n, uint16_t(0));
+        }
+        int64_t t = 0;
+        const uint16_t* b = x + start * Tiles::SIDE;
+        for (; t + Tiles::SIDE < held; t += 2 * Tiles::SIDE, b += 2 * group)
+            tiles<2, 2>(part, as, b, bs, n, sums + t, cs);
+        if (t < held) tiles<2, 1>(part, as, b, bs, n, sums + t, cs);
+    }
+    for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t r = 0; r < rows; ++r) y[t * w.rows + first + r] = sums[r * held + t];
+}
+
+void all_outer(const uint16_t* w, const uint16_t* dy, int64_t dy_stride, int64_t rows, float* g, int64_t g_stride,
+               int64_t n, int64_t tokens, Tiles) {
+    const Stride as = {dy_stride, Tiles::LONG, Tiles::SIDE * dy_stride};
+    const Stride bs = {2 * Tiles::TILE, Tiles::LONG * Tiles::TILE, 2 * Tiles::SIDE};
+    const Stride cs = {g_stride, Tiles::SIDE * g_stride, Tiles::SIDE};
+    for (; tokens > 0; tokens -= 2 * Tiles::SIDE, dy += 2 * as.across, g += 2 * cs.along)
+        for (int64_t k = 0; k < n; k += 2 * Tiles::SIDE)
+            if (tokens > Tiles::SIDE)
+                tiles<2, 2>(dy, as, w + 2 * k, bs, rows, g + k, cs);
+            else
+                tiles<1, 2>(dy, as, w + 2 * k, bs, rows, g + k, cs);
+}
+#endif
+
+// g (tokens, Kind::TILE) = dy[:, rows first .. last] W[rows, columns start .. stop], the rest of it zero.
+template <class Kind>
+void gradient_tile(const Weight& w, int64_t first, int64_t last, int64_t start, int64_t stop,
+                   const typename Kind::Number* dy, int64_t tokens, float* g, int64_t g_stride) {
+    typedef typename Kind::Number Number;
+    alignas(64) Number part[Kind::DEPTH * Kind::TILE], two[2 * Kind::TILE];
+    const Sixteen code = code_of(w);
+    const int64_t n = up(stop - start, VECTORS * LANES), dy_stride = up(w.rows, 32);
+    for (int64_t t = 0; t < tokens; ++t) std::fill(g + t * g_stride, g + t * g_stride + n, 0.0f);
+    for (; first < last; first += Kind::DEPTH) {
+        const int64_t rows = std::min<int64_t>(Kind::DEPTH, last - first), whole = up(rows, Kind::BLOCK);
+        for (int64_t r = 0; r < whole; ++r) {
+            const int64_t at = (first + r) * w.columns, done = r < rows ? stop - start : 0;
+            Number* to = Kind::row(part, two, r);
+            if (done) decode(w, code, at + start, at + stop, to, Kind::DTYPE);
+            std::fill(to + done, to + n, Number(0));
+            Kind::decoded(part, two, r, n);
+        }
+        all_outer(part, dy + first, dy_stride, whole, g, g_stride, n, tokens, Kind());
+    }
+}
+
+template <class Kind>
+void product(const Weight& w, const void* x, int64_t tokens, float* y, int64_t height, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        [[maybe_unused]] typename Kind::Session session;
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < w.rows; first += height)
+            product_rows(w, first, static_cast<const typename Kind::Number*>(x), tokens, y, Kind());
+    }
+}
+
+template <class Kind>
+void gradient_parts(const Weight& w, const void* dy, int64_t tokens, int64_t depth, float* parts, int threads) {
+    const int64_t stride = up(w.columns, TILE), tiles = stride / Kind::TILE, count = up(w.rows, depth) / depth;
+#pragma omp parallel num_threads(threads)
+    {
+        [[maybe_unused]] typename Kind::Session session;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < tiles * count; ++i) {
+            const int64_t part = i / tiles, start = i % tiles * Kind::TILE;
+            if (start >= w.columns) continue;
+            gradient_tile<Kind>(w, part * depth, std::min(w.rows, (part + 1) * depth), start,
+                                std::min(w.columns, start + Kind::TILE), static_cast<const typename Kind::Number*>(dy),
+                                tokens, parts + part * tokens * stride + start, stride);
+        }
     }
 }
 
@@ -423,34 +644,55 @@ void nf4_decode(const Weight* w, int64_t row, int64_t rows, int64_t column, int6
         decode_tile(*w, row, rows, column, columns, static_cast<uint16_t*>(out), dtype, threads);
 }
 
-// y (tokens, w.rows) = x W'; x (tokens, w.columns padded to 16 with zeros).  Each element is summed by one thread, in
-// an order that its shape fixes.
-void nf4_product(const Weight* w, const float* x, int64_t tokens, float* y, int32_t threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t first = 0; first < w->rows; first += ROWS) product_rows(*w, first, x, tokens, y);
+// How products of a dtype with few tokens are given x and dy: 0 as float32, 1 as they are, or 2 as they are with the
+// tokens padded to 16 and x as groups of 16 tokens, each (columns / 2, 16 tokens, 2).
+int32_t nf4_layout([[maybe_unused]] int32_t dtype, [[maybe_unused]] int64_t tokens) {
+#if defined(NF4_TILES)
+    if (dtype == BFLOAT16 && tokens >= Tiles::LEAST) return 2;
+#endif
+#if defined(NF4_PAIRS)
+    if (dtype == BFLOAT16) return 1;
+#endif
+    return 0;
+}
+
+// y (tokens, w.rows) = x W'; x (tokens, w.columns), both padded with zeros, the columns to 32.  Each element is summed
+// by one thread, in an order that its shape fixes.
+void nf4_product(const Weight* w, const void* x, int64_t tokens, float* y, int32_t threads) {
+    const int32_t layout = nf4_layout(w->product, tokens);
+#if defined(NF4_TILES)
+    if (layout == 2) return product<Tiles>(*w, x, tokens, y, Tiles::HEIGHT, threads);
+#endif
+#if defined(NF4_PAIRS)
+    if (layout == 1) return product<Pairs>(*w, x, tokens, y, ROWS, threads);
+#endif
+    if (layout == 0) product<Floats>(*w, x, tokens, y, ROWS, threads);
 }
 
 // Columns of a row of `parts`, below.
-int64_t nf4_gradient_stride(int64_t columns) { return (columns + TILE - 1) / TILE * TILE; }
+int64_t nf4_gradient_stride(int64_t columns) { return up(columns, TILE); }
 
-// dx (tokens, w.columns) = dy W; dy (tokens, w.rows).  `parts` (ceil(w.rows / depth), tokens, stride) holds a sum for
-// each `depth` rows of the weight, which are added in their order: the same for any number of threads.
-void nf4_input_gradient(const Weight* w, const float* dy, int64_t tokens, int64_t depth, float* parts, float* dx,
-                        int32_t threads) {
-    const int64_t stride = nf4_gradient_stride(w->columns), tiles = stride / TILE;
-    const int64_t count = (w->rows + depth - 1) / depth;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < tiles * count; ++i) {
-        const int64_t part = i / tiles, start = i % tiles * TILE;
-        gradient_tile(*w, part * depth, std::min(w->rows, (part + 1) * depth), start,
-                      std::min(w->columns, start + TILE), dy, tokens, parts + part * tokens * stride + start, stride);
-    }
+// dx (tokens, w.columns) = dy W; dy (held, w.rows padded to 32 with zeros), where `held` are the tokens, padded.
+// `parts` (ceil(w.rows / depth), held, stride) takes a sum for each `depth` rows of the weight, a multiple of 32; they
+// are added in their order: the same for any number of threads.
+void nf4_input_gradient(const Weight* w, const void* dy, int64_t tokens, int64_t held, int64_t depth, float* parts,
+                        float* dx, int32_t threads) {
+    [[maybe_unused]] const int32_t layout = nf4_layout(w->product, tokens);
+    auto sums = gradient_parts<Floats>;
+#if defined(NF4_TILES)
+    if (layout == 2) sums = gradient_parts<Tiles>;
+#endif
+#if defined(NF4_PAIRS)
+    if (layout == 1) sums = gradient_parts<Pairs>;
+#endif
+    sums(*w, dy, held, depth, parts, threads);
+    const int64_t stride = up(w->columns, TILE), tiles = stride / TILE, count = up(w->rows, depth) / depth;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t i = 0; i < tokens * tiles; ++i) {
         const int64_t token = i / tiles, start = i % tiles * TILE, stop = std::min(w->columns, start + TILE);
         for (int64_t k = start; k < stop; ++k) {
             float total = 0;
-            for (int64_t part = 0; part < count; ++part) total += parts[(part * tokens + token) * stride + k];
+            for (int64_t part = 0; part < count; ++part) total += parts[(part * held + token) * stride + k];
             dx[token * w->columns + k] = total;
         }
     }

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from rewrite.codegen.cpu.build import Build, build, instruction_set
+from rewrite.codegen.cpu.build import Build, build, instruction_sets
 from rewrite.codegen.nf4 import CODE, check_stored
 
 Tensor = torch.Tensor
@@ -23,10 +23,10 @@ Tensor = torch.Tensor
 _SOURCE = Path(__file__).with_name("nf4.cpp")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CODE = (ctypes.c_float * 16)(*CODE)
-_LANES = 16  # rows of x are padded to a multiple of it
+_LANES, _GROUP, _GROUPED = 32, 16, 2  # what rows, and tokens, are padded to; the layout of `nf4.cpp` that groups them
 _DEPTH = 1024  # rows of the weight in one partial sum of an input gradient
-_PIECE = 1 << 21  # elements that are decoded at a time: a few MB, since fresh memory costs more than decoding into it
-_FEW, _FEW_FLOAT32 = 16, 48  # tokens up to which no piece is formed: PyTorch's products in 16 bits win earlier
+_PIECE = 1 << 22  # elements that are decoded at a time: a few MB, since fresh memory costs more than decoding into it
+_FEW, _FEW_FLOAT32, _FEW_TILES = 16, 48, 96  # tokens up to which the weight is not formed, by how it is multiplied then
 
 
 class _Weight(ctypes.Structure):
@@ -39,8 +39,8 @@ class _Weight(ctypes.Structure):
 
 
 def kernels(target: str | None = None) -> Build:
-    """The library of this module for an instruction set, by default that of this machine; not compiled yet."""
-    return build(_SOURCE, target or instruction_set())
+    """The library of this module for one of the `instruction_sets`, by default the best; not compiled yet."""
+    return build(_SOURCE, target or instruction_sets()[0])
 
 
 def route() -> str:
@@ -93,7 +93,7 @@ class Packed:
 
     def product(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """out (M, d_out) = x (M, d_in) W' + bias, for a weight of two dimensions; `out` is contiguous, as x typed."""
-        if x.shape[0] <= _few(x.dtype):
+        if x.shape[0] <= self._few(x.dtype):
             y = self._few_product(x)
             torch.add(y, bias, out=out) if bias is not None else out.copy_(y)
             return
@@ -111,7 +111,7 @@ class Packed:
 
     def input_gradient(self, dy: Tensor) -> Tensor:
         """dy (M, d_out) W, (M, d_in), for a weight of two dimensions."""
-        if dy.shape[0] <= _few(dy.dtype):
+        if dy.shape[0] <= self._few(dy.dtype):
             return self._few_gradient(dy).to(dy.dtype)
         dtype = _product_dtype(dy.dtype)
         given, out = dy.to(dtype), dy.new_empty(dy.shape[0], self.shape[1], dtype=dtype)
@@ -119,22 +119,38 @@ class Packed:
             torch.mm(given, w, out=out[:, first:last])
         return out.to(dy.dtype)
 
+    def _few(self, dtype: torch.dtype) -> int:
+        """Tokens up to which products in `dtype` do not form the weight, measured against forming it; -1: they do."""
+        if dtype not in _DTYPES:
+            return -1
+        if self.library.nf4_layout(_DTYPES[dtype], _FEW_TILES) == _GROUPED:
+            return _FEW_TILES
+        return _FEW_FLOAT32 if _product_dtype(dtype) == torch.float32 else _FEW
+
     def _few_product(self, x: Tensor) -> Tensor:
-        rows, columns = self.shape
-        weight, given = self._weight(rows, columns, x.dtype), x.float()
-        given = F.pad(given, (0, -columns % _LANES)) if columns % _LANES else given.contiguous()
-        y = torch.empty(x.shape[0], rows)
-        self.library.nf4_product(weight, given.data_ptr(), x.shape[0], y.data_ptr(), torch.get_num_threads())
+        (rows, columns), tokens = self.shape, x.shape[0]
+        weight, (given, grouped) = self._weight(rows, columns, x.dtype), self._given(x)
+        if grouped:
+            given = given.view(-1, _GROUP, given.shape[1] // 2, 2).transpose(1, 2).contiguous()
+        y = torch.empty(tokens, rows)
+        self.library.nf4_product(weight, given.data_ptr(), tokens, y.data_ptr(), torch.get_num_threads())
         return y
 
     def _few_gradient(self, dy: Tensor) -> Tensor:
         (rows, columns), tokens = self.shape, dy.shape[0]
-        weight, given = self._weight(rows, columns, dy.dtype), dy.float().contiguous()
-        parts = torch.empty(-(-rows // _DEPTH), tokens, self.library.nf4_gradient_stride(columns))
-        dx = torch.empty(tokens, columns)
-        pointers = (parts.data_ptr(), dx.data_ptr())
-        self.library.nf4_input_gradient(weight, given.data_ptr(), tokens, _DEPTH, *pointers, torch.get_num_threads())
+        weight, (given, _) = self._weight(rows, columns, dy.dtype), self._given(dy)
+        held, stride = given.shape[0], self.library.nf4_gradient_stride(columns)
+        parts, dx = torch.empty(-(-rows // _DEPTH), held, stride), torch.empty(tokens, columns)
+        sizes, made = (tokens, held, _DEPTH), (parts.data_ptr(), dx.data_ptr())
+        self.library.nf4_input_gradient(weight, given.data_ptr(), *sizes, *made, torch.get_num_threads())
         return dx
+
+    def _given(self, x: Tensor) -> tuple[Tensor, bool]:
+        """Rows as the kernels take them, padded with zeros, and whether they want 16 of them together."""
+        layout = self.library.nf4_layout(_DTYPES[x.dtype], x.shape[0])
+        x = x if layout else x.float()
+        padding = (0, -x.shape[1] % _LANES, 0, -x.shape[0] % _GROUP if layout == _GROUPED else 0)
+        return (F.pad(x, padding) if any(padding) else x.contiguous()), layout == _GROUPED
 
     def _pieces(self, dim: int, dtype: torch.dtype, product: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
         """(first, last, the rows or columns from first to last), one after the other in the same memory."""
@@ -160,13 +176,6 @@ class Packed:
         return _Weight(ctypes.addressof(_CODE), *pointers, rows, columns, self.blocksize, *dtypes)
 
 
-def _few(dtype: torch.dtype) -> int:
-    """Tokens up to which a product in `dtype` does not form the weight."""
-    if dtype not in _DTYPES:
-        return 0
-    return _FEW_FLOAT32 if _product_dtype(dtype) == torch.float32 else _FEW
-
-
 @functools.cache
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of larger products of such numbers: where the processor has no product in 16 bits, float32."""
@@ -181,6 +190,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     weight, pointer, size, number = ctypes.POINTER(_Weight), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     library.nf4_decode.argtypes = [weight, size, size, size, size, pointer, number, number]
     library.nf4_product.argtypes = [weight, pointer, size, pointer, number]
-    library.nf4_input_gradient.argtypes = [weight, pointer, size, size, pointer, pointer, number]
+    library.nf4_input_gradient.argtypes = [weight, pointer, size, size, size, pointer, pointer, number]
+    library.nf4_layout.argtypes, library.nf4_layout.restype = [number, size], number
     library.nf4_gradient_stride.argtypes, library.nf4_gradient_stride.restype = [size], size
     return library
