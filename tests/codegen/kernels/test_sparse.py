@@ -143,3 +143,24 @@ def test_operator_at_the_sizes_of_a_model(each):
     close(dx, dexact @ S, dexact.abs() @ S.abs(), torch.bfloat16)
     both = dexact[:, of_entry] * exact[:, at[1].long()]
     close(dvalues, both.sum(0), both.abs().sum(0), torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_a_replayed_graph_sees_coordinates_that_moved():
+    x, dy = torch.randn(70, INNER, device="cuda"), torch.randn(70, OUTER, device="cuda")
+    values, rows, columns = entries("distinct", torch.float32, torch.int32, torch.device("cuda"))
+    torch.ops.rewrite.sparse_product(x, values, rows, columns, OUTER)  # compiles
+    torch.ops.rewrite.sparse_product_backward(dy, x, values, rows, columns)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = torch.ops.rewrite.sparse_product(x, values, rows, columns, OUTER)
+        dx, dvalues = torch.ops.rewrite.sparse_product_backward(dy, x, values, rows, columns)
+    for _ in range(2):
+        rows.copy_(rows.flip(0))
+        columns.copy_(columns.roll(7))
+        graph.replay()
+        assert torch.equal(y, torch.ops.rewrite.sparse_product(x, values, rows, columns, OUTER))
+        again = torch.ops.rewrite.sparse_product_backward(dy, x, values, rows, columns)
+        assert torch.equal(dx, again[0])
+        assert torch.equal(dvalues, again[1])
