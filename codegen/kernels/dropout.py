@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from rewrite.codegen import masks
-from rewrite.codegen.kernels.gradients import SumOfParts
+from rewrite.codegen.kernels import plans
+from rewrite.codegen.kernels.gradients import sum_of_parts
 from rewrite.codegen.kernels.kernel import Config, Kernel, triton_type
 from rewrite.codegen.kernels.products import HALVES, NARROW, padded, row_stride
 from rewrite.codegen.kernels.target import Target, multiprocessors, unusable
@@ -208,16 +209,22 @@ RESIDENT = 4
 
 def supports_dropout(x: Tensor, p: float) -> str | None:
     """Why the reference drops elements of a matrix x, or None."""
-    return unusable(x.device) or Dropout(x.shape[1], p, row_stride(x), x.dtype).supports()
+    return unusable(x.device) or _dropout(x, p).supports()
+
+
+@plans.by_layout
+def _dropout(x: Tensor, p: float) -> Dropout:
+    return Dropout(x.shape[1], p, row_stride(x), x.dtype)
 
 
 def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """`keep * x * scale` of a matrix x, the elements of a row side by side."""
     out = x.new_empty(x.shape)
-    Dropout(x.shape[1], p, row_stride(x), x.dtype).launch(x, seed, out, M=x.shape[0])
+    _dropout(x, p).launch(x, seed, out, M=x.shape[0])
     return out
 
 
+@plans.by_layout
 def supports(x: Tensor, A: Tensor, ranks: Sequence[int], p: Sequence[float]) -> str | None:
     """Why the references are taken for factors A (sum of ranks, K) that share a matrix x (M, K), or None."""
     if reason := unusable(x.device):
@@ -231,17 +238,24 @@ def linear(
     x: Tensor, A: Tensor, seed: Tensor, ranks: Sequence[int], p: Sequence[float], chunk: int | None = None
 ) -> Tensor:
     """`h = [scale_i * (keep_i * x) A_i']`: x (M, K), A (sum of ranks, K), seed (n,) -> (M, sum of ranks)."""
-    (M, K), total = x.shape, A.shape[0]
+    M, total = x.shape[0], A.shape[0]
+    kernel, chunk, parts = _linear(x, ranks, p, chunk)
+    h = x.new_empty(M, total)
+    out = x.new_empty(parts, M, total, dtype=torch.float32) if parts > 1 else h
+    kernel.launch(x, A, seed, out, M=M, chunk=chunk)
+    if parts > 1:
+        sum_of_parts(1, 1.0, x.dtype).launch(out, h, count0=parts, elements0=M * total)
+    return h
+
+
+@plans.by_layout
+def _linear(x: Tensor, ranks: Sequence[int], p: Sequence[float], chunk: int | None) -> tuple[DroppedLinear, int, int]:
+    """The kernel for a matrix x, columns of a chunk, and how many chunks there are."""
+    M, K = x.shape
     if chunk is None:
         chunk = _chunk(K, STEP, RESIDENT * multiprocessors(x.device) // max(-(-M // 64), 1))
     parts = max(-(-K // chunk), 1)
-    h = x.new_empty(M, total)
-    out = x.new_empty(parts, M, total, dtype=torch.float32) if parts > 1 else h
-    kernel = DroppedLinear(K, tuple(factors_of(ranks, p)), x.dtype, row_stride(x), parts > 1)
-    kernel.launch(x, A, seed, out, M=M, chunk=chunk)
-    if parts > 1:
-        SumOfParts(1, 1.0, x.dtype).launch(out, h, count0=parts, elements0=M * total)
-    return h
+    return DroppedLinear(K, tuple(factors_of(ranks, p)), x.dtype, row_stride(x), parts > 1), chunk, parts
 
 
 def _chunk(size: int, step: int, splits: int) -> int:
@@ -254,26 +268,40 @@ def gradient(
 ) -> Tensor:
     """`dA = [scale_i * dh_i' (keep_i * x)]`: dh (M, sum of ranks), x (M, K) -> (sum of ranks, K)."""
     (M, K), total = x.shape, dh.shape[1]
-    if chunk is None:
-        chunk = _chunk(M, STEP // 2, RESIDENT * multiprocessors(x.device) // max(-(-K // STEP), 1))
-    parts = max(-(-M // chunk), 1)
+    kernel, chunk, parts = _gradient(dh, x, ranks, p, chunk)
     sums = x.new_empty(parts, total, K, dtype=torch.float32)
-    kernel = DroppedGradient(K, tuple(factors_of(ranks, p)), x.dtype, row_stride(x), row_stride(dh))
     dA = x.new_empty(total, K)
     if M == 0:
         return dA.zero_()
     kernel.launch(dh, x, seed, sums, M=M, chunk=chunk)
-    SumOfParts(1, 1.0, x.dtype).launch(sums, dA, count0=parts, elements0=total * K)
+    sum_of_parts(1, 1.0, x.dtype).launch(sums, dA, count0=parts, elements0=total * K)
     return dA
+
+
+@plans.by_layout
+def _gradient(
+    dh: Tensor, x: Tensor, ranks: Sequence[int], p: Sequence[float], chunk: int | None
+) -> tuple[DroppedGradient, int, int]:
+    """The kernel for matrices dh and x, rows of a chunk, and how many chunks there are."""
+    M, K = x.shape
+    if chunk is None:
+        chunk = _chunk(M, STEP // 2, RESIDENT * multiprocessors(x.device) // max(-(-K // STEP), 1))
+    kernel = DroppedGradient(K, tuple(factors_of(ranks, p)), x.dtype, row_stride(x), row_stride(dh))
+    return kernel, chunk, max(-(-M // chunk), 1)
 
 
 def input_gradient(
     dh: Tensor, A: Tensor, seed: Tensor, ranks: Sequence[int], p: Sequence[float], dx: Tensor, add: bool
 ) -> None:
     """Store `sum of keep_i * scale_i * dh_i A_i` in dx (M, K), contiguous, or add it to what dx holds."""
-    M, K = dx.shape
-    kernel = DroppedInputGradient(K, tuple(factors_of(ranks, p)), dx.dtype, row_stride(dh), add)
-    kernel.launch(dh, A, seed, dx, M=M)
+    _input_gradient(dh, dx, ranks, p, add).launch(dh, A, seed, dx, M=dx.shape[0])
+
+
+@plans.by_layout
+def _input_gradient(
+    dh: Tensor, dx: Tensor, ranks: Sequence[int], p: Sequence[float], add: bool
+) -> DroppedInputGradient:
+    return DroppedInputGradient(dx.shape[1], tuple(factors_of(ranks, p)), dx.dtype, row_stride(dh), add)
 
 
 def _examples() -> Iterator[Kernel]:

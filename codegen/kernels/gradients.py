@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rewrite.codegen.kernels import plans
 from rewrite.codegen.kernels.kernel import Config, Kernel, triton_type
 from rewrite.codegen.kernels.products import HALVES, NARROW, padded, row_stride
 from rewrite.codegen.kernels.target import Target, multiprocessors, unusable
@@ -91,6 +92,12 @@ class SumOfParts(Kernel):
         return (sum(-(-sizes[f"elements{i}"] // config["BLOCK"]) for i in range(self.sums)),)
 
 
+@plans.kept
+def sum_of_parts(sums: int, scale: float, dtype: torch.dtype) -> SumOfParts:
+    """The kernel that adds up parts."""
+    return SumOfParts(sums, scale, dtype)
+
+
 STEP = 64
 """Rows that a program takes at once, at most."""
 
@@ -136,6 +143,7 @@ LARGE = 4 << 20
 """Bytes of dy from which one read of it is worth two launches; below, products in the L2 cache are as fast."""
 
 
+@plans.by_layout
 def supports(dy: Tensor, h: Tensor, B: Tensor) -> str | None:
     """Why two products are taken instead, or None."""
     if reason := unusable(dy.device):
@@ -155,18 +163,25 @@ def supports(dy: Tensor, h: Tensor, B: Tensor) -> str | None:
     return None
 
 
+@plans.by_layout
+def _plan(dy: Tensor, h: Tensor, B: Tensor, split: Split | None) -> tuple[LowRankGradients, Split]:
+    (M, N), rank = dy.shape, h.shape[1]
+    split = split or Split.of(M, N, rank, multiprocessors(dy.device))
+    return kernel_of(dy, h, B, split), split
+
+
 def low_rank_gradients(
     dy: Tensor, h: Tensor, B: Tensor, scale: float, split: Split | None = None
 ) -> tuple[Tensor, Tensor]:
     """`(scale * dy B, scale * dy' h)` from one read of dy: dy (M, N), h (M, r), B (N, r) -> (M, r), (N, r)."""
     (M, N), rank = dy.shape, h.shape[1]
-    split = split or Split.of(M, N, rank, multiprocessors(dy.device))
+    kernel, split = _plan(dy, h, B, split)
     columns, rows = split.parts(M, N)
     dh_parts = dy.new_empty(columns, M, rank, dtype=torch.float32)
     dB_parts = dy.new_empty(rows, N, rank, dtype=torch.float32)
-    kernel_of(dy, h, B, split).launch(dy, h, B, dh_parts, dB_parts, M=M, chunk=split.chunk)
+    kernel.launch(dy, h, B, dh_parts, dB_parts, M=M, chunk=split.chunk)
     dh, dB = dy.new_empty(M, rank), dy.new_empty(N, rank)
-    SumOfParts(2, scale, dy.dtype).launch(
+    sum_of_parts(2, scale, dy.dtype).launch(
         dh_parts, dh, dB_parts, dB, count0=columns, elements0=M * rank, count1=rows, elements1=N * rank
     )
     return dh, dB

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import os
@@ -12,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from rewrite.codegen.kernels import template, tune
+from rewrite.codegen.kernels import plans, template, tune
 from rewrite.codegen.kernels.target import Target, of_device
 
 _TYPES = {
@@ -80,6 +79,18 @@ class Kernel:
     fp_fusion: ClassVar[bool] = True
     """Whether products and sums may be contracted to one rounding; off where results must be bit-exact."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.__hash__ = Kernel.__hash__  # or `dataclass` would write one that hashes every field at every look-up
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        assert dataclasses.is_dataclass(self)
+        return hash((type(self), *(getattr(self, field.name) for field in dataclasses.fields(self))))
+
     def supports(self) -> str | None:
         """Why there is no kernel for this structure, or None."""
         raise NotImplementedError
@@ -127,27 +138,61 @@ class Kernel:
 
     def launch(self, *tensors: Any, config: Config | None = None, **sizes: int) -> None:
         """Run the kernel over its arguments, sizes last, on their device; `config` is chosen where it is not given."""
-        grid_of = functools.partial(self.grid, **sizes)
-        run = functools.partial(_launch, self, grid_of, (*tensors, *sizes.values()))
-        device = next((t.device for t in tensors if isinstance(t, torch.Tensor)), None)
-        with torch.cuda.device(device) if device is not None and device.type == "cuda" else contextlib.nullcontext():
-            if config is None:
-                config = _chosen(self, device, run, sizes)
-            if 0 not in grid_of(config):
-                run(config)
+        first: torch.Tensor = tensors[0]
+        device, on_gpu = first.device, first.is_cuda
+        if on_gpu and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self.launch(*tensors, config=config, **sizes)
+        named, arguments = tuple(sizes.items()), (*tensors, *sizes.values())
+        if config is None and on_gpu and tune.wanted():
+            config = _fastest(self, device, named, arguments)
+        if launch := _launch(self, device, named, config):
+            launch(arguments)
 
 
-def _chosen(
-    kernel: Kernel, device: torch.device | None, run: Callable[[Config], None], sizes: dict[str, int]
+@dataclass(frozen=True)
+class _Launch:
+    """A kernel with everything about its launch but the arguments."""
+
+    kernel: Kernel
+    config: Config
+    start: Callable[..., Any]
+    options: Mapping[str, Any]
+
+    def __call__(self, arguments: Sequence[Any]) -> None:
+        compiled = self.start(*arguments, **self.options)
+        if os.environ.get("REWRITE_DUMP"):
+            from rewrite.codegen.kernels import dump
+
+            dump.kernel(self.kernel, self.config, compiled)
+
+
+@plans.kept
+def _launch(
+    kernel: Kernel, device: torch.device, sizes: tuple[tuple[str, int], ...], config: Config | None
+) -> _Launch | None:
+    """The launch for these sizes, None where there is nothing to compute."""
+    if config is None and device.type == "cuda":
+        config = kernel.choose(_legal(kernel, device.index), **dict(sizes))
+    elif config is None:  # interpreted: every configuration computes the same
+        config = kernel.space(_INTERPRETED)[0]
+    grid = kernel.grid(config, **dict(sizes))
+    if 0 in grid:
+        return None
+    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": kernel.fp_fusion}
+    return _Launch(kernel, config, kernel.function[grid], {**dict(config.tiles), **options})
+
+
+def _fastest(
+    kernel: Kernel, device: torch.device, sizes: tuple[tuple[str, int], ...], arguments: Sequence[Any]
 ) -> Config:
-    if device is None or device.type != "cuda":  # interpreted: every configuration computes the same
-        return kernel.space(_INTERPRETED)[0]
-    configs = _legal(kernel, device.index or 0)
-    default = kernel.choose(configs, **sizes)
-    if not tune.wanted():
-        return default
-    key = kernel, device, tuple(size.bit_length() for size in sizes.values())  # shared up to a factor of two
-    return tune.fastest(key, configs, run, default)
+    def run(config: Config) -> None:
+        if launch := _launch(kernel, device, sizes, config):
+            launch(arguments)
+
+    configs = _legal(kernel, device.index)
+    key = kernel, device, tuple(size.bit_length() for _, size in sizes)  # shared up to a factor of two
+    return tune.fastest(key, configs, run, kernel.choose(configs, **dict(sizes)))
 
 
 _INTERPRETED = Target(90, 232_448)
@@ -156,23 +201,6 @@ _INTERPRETED = Target(90, 232_448)
 @functools.cache
 def _legal(kernel: Kernel, index: int) -> tuple[Config, ...]:
     return kernel.configs(of_device(index))
-
-
-def _launch(
-    kernel: Kernel, grid: Callable[[Config], tuple[int, ...]], arguments: tuple[Any, ...], config: Config
-) -> Any:
-    compiled = kernel.function[grid(config)](
-        *arguments,
-        **dict(config.tiles),
-        num_warps=config.warps,
-        num_stages=config.stages,
-        enable_fp_fusion=kernel.fp_fusion,
-    )
-    if os.environ.get("REWRITE_DUMP"):
-        from rewrite.codegen.kernels import dump
-
-        dump.kernel(kernel, config, compiled)
-    return compiled
 
 
 @functools.cache

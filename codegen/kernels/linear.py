@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rewrite.codegen.kernels import tune
+from rewrite.codegen.kernels import plans, tune
 from rewrite.codegen.kernels.products import FULL, NARROW, SumOfProducts, Term
 from rewrite.codegen.kernels.target import unusable
 
@@ -38,20 +38,11 @@ class Sum:
         self.M, self.N = a[0].shape[0], b[0].shape[1]
 
     def kernel(self) -> SumOfProducts:
-        widths = [bi.shape[1] if bi.shape[1] < self.N else 0 for bi in self.b]
-        terms = map(Term.of, self.a, self.b, self.scale, self.start, widths)
-        return SumOfProducts(self.N, tuple(terms), self.bias is not None, self.a[0].dtype)
+        return _kernel(self.a, self.b, self.scale, self.start, self.bias is not None)
 
     def supports(self) -> str | None:
         """Why there is no kernel for this sum, or None."""
-        dtype = self.a[0].dtype
-        if reason := unusable(self.a[0].device):
-            return reason
-        if any(t.dtype != dtype for t in (*self.a, *self.b)) or (self.bias is not None and self.bias.dtype != dtype):
-            return "operands of several dtypes"
-        if self.M == 0:
-            return "no rows"
-        return self.kernel().supports()
+        return _unsupported(self.a, self.b, self.scale, self.start, self.bias)
 
     def fused(self, out: Tensor) -> None:
         """By the kernel, into out (M, N), contiguous."""
@@ -87,6 +78,28 @@ class Sum:
         return self.kernel(), self.a[0].device, self.M.bit_length()
 
 
+@plans.by_layout
+def _kernel(
+    a: Sequence[Tensor], b: Sequence[Tensor], scale: Sequence[float], start: Sequence[int], bias: bool
+) -> SumOfProducts:
+    N = b[0].shape[1]
+    widths = [bi.shape[1] if bi.shape[1] < N else 0 for bi in b]
+    return SumOfProducts(N, tuple(map(Term.of, a, b, scale, start, widths)), bias, a[0].dtype)
+
+
+@plans.by_layout
+def _unsupported(
+    a: Sequence[Tensor], b: Sequence[Tensor], scale: Sequence[float], start: Sequence[int], bias: Tensor | None
+) -> str | None:
+    if reason := unusable(a[0].device):
+        return reason
+    if any(t.dtype != a[0].dtype for t in (*a, *b)) or (bias is not None and bias.dtype != a[0].dtype):
+        return "operands of several dtypes"
+    if a[0].shape[0] == 0:
+        return "no rows"
+    return _kernel(a, b, scale, start, bias is not None).supports()
+
+
 def into(out: Tensor, total: Sum) -> None:
     """Compute a sum that the kernel supports by the faster of its two ways: timed, or expected."""
     ways: dict[str, Callable[[Tensor], None]] = {"cuBLAS": total.accumulated, "fused": total.fused}
@@ -110,8 +123,15 @@ def supports_product(x: Tensor, weight: Sequence[Tensor], layout: str, *rest: An
         return "no branch"
     if x.numel() == 0 or x.shape[-1] <= NARROW:
         return f"{x.numel() // max(x.shape[-1], 1)} rows of {x.shape[-1]} values"
+    return _unsuitable(x, weight, bias, h, B, scale, start, tune.wanted())
+
+
+@plans.by_layout
+def _unsuitable(
+    x: Tensor, weight: Sequence[Tensor], bias: Any, h: Any, B: Any, scale: Any, start: Any, timed: bool
+) -> str | None:
     total = _sum(x, weight, bias, h, B, scale, start)
-    return total.supports() or (None if tune.wanted() else total.slower())
+    return total.supports() or (None if timed else total.slower())
 
 
 def product(x: Tensor, weight: Sequence[Tensor], layout: str, *rest: Any) -> Tensor:

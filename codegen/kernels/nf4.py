@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rewrite.codegen import nf4
+from rewrite.codegen.kernels import plans
 from rewrite.codegen.kernels.kernel import Config, Kernel, triton_type
 from rewrite.codegen.kernels.target import Target, unusable
 
@@ -56,6 +57,7 @@ def stored_types(nested: bool) -> dict[str, str]:
     return {"codes": "*u8", **(scales if nested else {"absmax": "*fp32"})}
 
 
+@plans.by_layout
 def unreadable(stored: Sequence[Tensor], numel: int, blocksize: int) -> str | None:
     """Why kernels do not read the stored tensors of so many weights, or None."""
     if reason := unusable(stored[0].device):
@@ -74,8 +76,13 @@ def unreadable(stored: Sequence[Tensor], numel: int, blocksize: int) -> str | No
 def dequantise(stored: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype, blocksize: int) -> Tensor:
     """The weight behind `codes, absmax` or `codes, absmax, nested absmax, nested code, offset`, by one kernel."""
     out = torch.empty(shape, dtype=dtype, device=stored[0].device)
-    Nf4Dequantise(out.numel(), blocksize, len(stored) > 2, dtype).launch(*stored, out)
+    _kernel(out.numel(), blocksize, len(stored) > 2, dtype).launch(*stored, out)
     return out
+
+
+@plans.kept
+def _kernel(numel: int, blocksize: int, nested: bool, dtype: torch.dtype) -> Nf4Dequantise:
+    return Nf4Dequantise(numel, blocksize, nested, dtype)
 
 
 def decoded(stored: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype, blocksize: int) -> Tensor | None:
@@ -83,8 +90,7 @@ def decoded(stored: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype, 
     if torch.compiler.is_compiling() or not all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cuda for t in stored):
         return None
     numel = math.prod(shape)
-    kernel = Nf4Dequantise(numel, blocksize, len(stored) > 2, dtype)
-    if kernel.supports() or unreadable(stored, numel, blocksize):
+    if _kernel(numel, blocksize, len(stored) > 2, dtype).supports() or unreadable(stored, numel, blocksize):
         return None
     return dequantise(stored, shape, dtype, blocksize)
 

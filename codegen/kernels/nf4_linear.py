@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from typing import Any
 import torch
 
 from rewrite.codegen import nf4, storage
-from rewrite.codegen.kernels import tune
-from rewrite.codegen.kernels.gradients import SumOfParts
+from rewrite.codegen.kernels import plans, tune
+from rewrite.codegen.kernels.gradients import sum_of_parts
 from rewrite.codegen.kernels.kernel import Config, Kernel, triton_type
 from rewrite.codegen.kernels.nf4 import stored_types, unreadable
 from rewrite.codegen.kernels.products import HALVES, NARROW, Term, horner
@@ -120,33 +119,37 @@ class Nf4Linear(Kernel):
 
 def supports_product(x: Tensor, weight: Sequence[Tensor], layout: str, *rest: Any) -> str | None:
     """Why the product of `rewrite::adapted_linear_core` is not one of few rows with an NF4 weight, or None."""
-    if reason := _unsuitable(x, weight, layout):
+    if reason := _too_long(x, layout):
         return reason
-    bias, h, B, *_ = rest
-    if any(t.dtype != x.dtype for t in (*h, *B, *([] if bias is None else [bias]))):
-        return f"branches or a bias of another dtype than {x.dtype}"
-    return _product_kernel(x, weight, layout, *rest)[0].supports()
+    planned = _product_kernel(x, weight, layout, *rest)
+    return planned if isinstance(planned, str) else None
 
 
 def product(x: Tensor, weight: Sequence[Tensor], layout: str, *rest: Any) -> Tensor:
     """`x W' + bias + sum of scale * h B'`, (..., d_out), decoding tiles of W on their way."""
-    kernel, extra = _product_kernel(x, weight, layout, *rest)
+    kernel = _product_kernel(x, weight, layout, *rest)
+    assert isinstance(kernel, Nf4Linear), kernel
+    bias, h, B, *_ = rest
 
     def whole() -> Tensor:
         w = storage.layout(layout).decode(*weight).to(x.dtype)
         return torch.ops.rewrite.adapted_linear_core(x, [w], "dense", *rest)
 
-    return _by_the_faster(kernel, x, lambda: _fused(kernel, x, weight, extra), whole)
+    return _by_the_faster(kernel, x, lambda: _fused(kernel, x, weight, _operands(bias, h, B)), whole)
 
 
 def supports_input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> str | None:
     """Why the gradient of `rewrite::linear_input_gradient` is not one of few rows with an NF4 weight, or None."""
-    return _unsuitable(dy, weight, layout) or _kernel(dy, weight, layout, gradient=True).supports()
+    if reason := _too_long(dy, layout):
+        return reason
+    planned = _gradient_kernel(dy, weight, layout)
+    return planned if isinstance(planned, str) else None
 
 
 def input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> Tensor:
     """`dy W`, (..., d_in), decoding tiles of W on their way."""
-    kernel = _kernel(dy, weight, layout, gradient=True)
+    kernel = _gradient_kernel(dy, weight, layout)
+    assert isinstance(kernel, Nf4Linear), kernel
 
     def whole() -> Tensor:
         return torch.matmul(dy, storage.layout(layout).decode(*weight).to(dy.dtype))
@@ -175,11 +178,15 @@ def route() -> str:
     )
 
 
-def _unsuitable(x: Tensor, weight: Sequence[Tensor], layout: str) -> str | None:
+def _too_long(x: Tensor, layout: str) -> str | None:
     if not layout.startswith("nf4:"):
         return "not an NF4 weight"
     if math.prod(x.shape[:-1]) > (most := TIMED_ROWS if tune.wanted() else FUSED_ROWS):
         return f"more than {most} rows: the weight is decoded once for all of them"
+    return None
+
+
+def _unreadable(x: Tensor, weight: Sequence[Tensor], layout: str) -> str | None:
     if x.device != weight[0].device:
         return f"x on {x.device}, the weight on {weight[0].device}"
     stored: Any = storage.layout(layout)
@@ -192,18 +199,39 @@ def _kernel(x: Tensor, weight: Sequence[Tensor], layout: str, gradient: bool, **
     return Nf4Linear(N, K, stored.blocksize, len(weight) > 2, gradient, x.dtype, stored.dtype, **rest)
 
 
+@plans.by_layout
+def _gradient_kernel(dy: Tensor, weight: Sequence[Tensor], layout: str) -> Nf4Linear | str:
+    """The kernel of an input gradient, or why there is none."""
+    if reason := _unreadable(dy, weight, layout):
+        return reason
+    kernel = _kernel(dy, weight, layout, gradient=True)
+    return kernel.supports() or kernel
+
+
+@plans.by_layout
 def _product_kernel(
     x: Tensor, weight: Sequence[Tensor], layout: str, bias: Any, h: Any, B: Any, scale: Any, start: Any, skip: Any
-) -> tuple[Nf4Linear, list[Tensor]]:
-    """The kernel of a product, and its tensors after the weight."""
-    rows = [t.reshape(-1, t.shape[-1]) for t in h]
-    rows = [t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous() for t in rows]
-    B = [t.contiguous() for t in B]
-    each = zip(rows, B, scale, start, strict=True)
+) -> Nf4Linear | str:
+    """The kernel of a product, or why there is none."""
+    if reason := _unreadable(x, weight, layout):
+        return reason
+    operands = _operands(bias, h, B)
+    if any(t.dtype != x.dtype for t in operands):
+        return f"branches or a bias of another dtype than {x.dtype}"
+    pairs = operands[bias is not None :]
+    each = zip(pairs[::2], pairs[1::2], scale, start, strict=True)
     terms = tuple(Term.of(hi, Bi.t(), float(si), int(at), Bi.shape[0]) for hi, Bi, si, at in each)
     kernel = _kernel(x, weight, layout, gradient=False, bias=bias is not None, terms=terms)
-    branches = [t for pair in zip(rows, B, strict=True) for t in pair]
-    return kernel, [*([] if bias is None else [bias.contiguous()]), *branches]
+    return kernel.supports() or kernel
+
+
+def _operands(bias: Tensor | None, h: Sequence[Tensor], B: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors of a product after the weight, as the kernel reads them."""
+    found = [] if bias is None else [bias.contiguous()]
+    for hi, Bi in zip(h, B, strict=True):
+        rows = hi.reshape(-1, hi.shape[-1])
+        found += [rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous(), Bi.contiguous()]
+    return found
 
 
 def _fused(kernel: Nf4Linear, x: Tensor, weight: Sequence[Tensor], extra: Sequence[Tensor]) -> Tensor:
@@ -216,11 +244,11 @@ def _fused(kernel: Nf4Linear, x: Tensor, weight: Sequence[Tensor], extra: Sequen
     parts = out if kernel.splits == 1 else x.new_empty(kernel.splits, M, kernel.width, dtype=torch.float32)
     kernel.launch(rows, *weight, *extra, parts, M=M, chunks=chunks)
     if kernel.splits > 1:
-        SumOfParts(1, 1.0, x.dtype).launch(parts, out, count0=kernel.splits, elements0=out.numel())
+        sum_of_parts(1, 1.0, x.dtype).launch(parts, out, count0=kernel.splits, elements0=out.numel())
     return out
 
 
-@functools.lru_cache(maxsize=4096)
+@plans.kept
 def _planned(kernel: Nf4Linear, M: int, device: torch.device) -> tuple[Nf4Linear, int]:
     splits, chunks = split(kernel, M, device)
     return dataclasses.replace(kernel, splits=splits), chunks

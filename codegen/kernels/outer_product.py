@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from rewrite.codegen.kernels.gradients import LARGE, SumOfParts
+from rewrite.codegen.kernels import plans
+from rewrite.codegen.kernels.gradients import LARGE, sum_of_parts
 from rewrite.codegen.kernels.kernel import Config, Kernel, triton_type
 from rewrite.codegen.kernels.target import Target, unusable
 
@@ -103,10 +104,11 @@ class OuterProduct(Kernel):
         if self.parts == 1:
             return out[0]
         whole = torch.empty(shape, dtype=x.dtype, device=x.device)
-        SumOfParts(1, 1.0, x.dtype).launch(out, whole, count0=self.parts, elements0=whole.numel())
+        sum_of_parts(1, 1.0, x.dtype).launch(out, whole, count0=self.parts, elements0=whole.numel())
         return whole
 
 
+@plans.by_layout
 def of_slice(dy: Tensor, h: Tensor) -> OuterProduct | str:
     """The kernel of `dy' h`, (N, c), for matrices dy (M, N) and h (M, c), a slice of wider rows; or why there is none.
 

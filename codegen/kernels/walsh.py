@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from rewrite.codegen.kernels import plans
 from rewrite.codegen.kernels.kernel import Config, Kernel, triton_type
 from rewrite.codegen.kernels.target import Target, unusable
 
@@ -88,6 +89,7 @@ def walsh(x: Tensor, d_out: int) -> Tensor:
     return y
 
 
+@plans.by_layout
 def _kernel(x: Tensor, d_out: int) -> WalshTransform:
     bits = (max(x.shape[-1], d_out) - 1).bit_length()
     return WalshTransform(bits, x.shape[-1], d_out, x.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rewrite.codegen.kernels import interpret
+from rewrite.codegen.kernels import interpret, plans
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -14,6 +14,12 @@ def repaired() -> None:
     pytest.importorskip("triton")
     if interpret.active():
         interpret.repair()
+
+
+@pytest.fixture(autouse=True)
+def planned_anew() -> None:
+    """No plan of another test, which may have changed what plans take for fixed."""
+    plans.forget()
 
 
 @pytest.fixture(scope="session")
