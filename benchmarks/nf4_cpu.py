@@ -20,7 +20,7 @@ from layers import Case
 from models import ModelCase
 from series import parser, series
 
-from rewrite.codegen.storage import route_on_cpu
+from rewrite.codegen.cpu import nf4
 
 PEERS = ("bitsandbytes, frozen", "peft + bitsandbytes", "peft + bitsandbytes, compiled", "base")
 
@@ -37,7 +37,7 @@ def contests(args: argparse.Namespace) -> Iterator[Contest]:
 
 def main() -> None:
     args = arguments()
-    series(contests(args), args, lambda _: {"nf4 on the CPU": route_on_cpu("nf4")})
+    series(contests(args), args, lambda _: {"nf4 on the CPU": nf4.route()})
 
 
 def arguments() -> argparse.Namespace:

@@ -101,7 +101,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 def test_wheel_holds_every_file_once_and_nothing_else(wheel: zipfile.ZipFile):
     names = [name for name in wheel.namelist() if ".dist-info/" not in name]
-    assert sorted(names) == sorted(on_disk("*.py", "py.typed", "*.j2", "*.cpp"))
+    assert sorted(names) == sorted(on_disk("*.py", "py.typed", "*.j2", "*.cpp", "*.h"))
 
 
 def test_wheel_metadata(wheel: zipfile.ZipFile):

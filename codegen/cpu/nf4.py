@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -25,8 +26,10 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CODE = (ctypes.c_float * 16)(*CODE)
 _LANES, _GROUP, _GROUPED = 32, 16, 2  # what rows, and tokens, are padded to; the layout of `nf4.cpp` that groups them
 _DEPTH = 1024  # rows of the weight in one partial sum of an input gradient
-_PIECE = 1 << 22  # elements that are decoded at a time: a few MB, since fresh memory costs more than decoding into it
-_FEW, _FEW_FLOAT32, _FEW_TILES = 16, 48, 96  # tokens up to which the weight is not formed, by how it is multiplied then
+_PIECE = (
+    1 << 23
+)  # bytes of a weight that are decoded at a time, for which a thread keeps its memory: fresh pages cost more
+_FEW, _FEW_FLOAT32, _FEW_TILES = 16, 48, 64  # tokens up to which the weight is not formed, by how it is multiplied then
 
 
 class _Weight(ctypes.Structure):
@@ -81,7 +84,7 @@ class Packed:
         self.numel = torch.Size(shape).numel()
         codes, absmax, *nested = stored
         check_stored(codes, absmax, nested, self.numel, blocksize)
-        floats = [t.detach().to(torch.float32).contiguous() for t in (nested or [absmax])]
+        floats = [_float32(t) for t in (nested or [absmax])]
         scales = [None, absmax.contiguous(), *floats] if nested else [*floats, None, None, None, None]
         self._held = [codes.contiguous(), *scales]  # the pointers are into these
 
@@ -157,8 +160,9 @@ class Packed:
         rows, columns = self.shape
         weight = self._weight(rows, columns, product)
         count, across = (rows, columns) if dim == 0 else (columns, rows)
-        step = max(_PIECE // max(across, 1) // 64, 1) * 64
-        memory = torch.empty(min(step, count) * across, dtype=dtype if dtype in _DTYPES else torch.float32)
+        made = dtype if dtype in _DTYPES else torch.float32
+        step = max(_PIECE // made.itemsize // max(across, 1) // 64, 1) * 64
+        memory = _scratch(min(step, count) * across * made.itemsize).view(made)
         for first in range(0, count, step):
             last = min(first + step, count)
             spans = ((first, last), (0, columns)) if dim == 0 else ((0, rows), (first, last))
@@ -174,6 +178,25 @@ class Packed:
         pointers = (None if t is None else t.data_ptr() for t in self._held)
         dtypes = (_DTYPES.get(t, 0) for t in (self.dtype, product))
         return _Weight(ctypes.addressof(_CODE), *pointers, rows, columns, self.blocksize, *dtypes)
+
+
+def _float32(t: Tensor) -> Tensor:
+    # Calls of PyTorch that would give the same tensor take as long as a small product.
+    t = t if t.dtype == torch.float32 else t.detach().to(torch.float32)
+    return t if t.is_contiguous() else t.contiguous()
+
+
+_threads = threading.local()
+
+
+def _scratch(size: int) -> Tensor:
+    """So many bytes that this thread uses again and again; larger ones than `_PIECE` are not kept."""
+    held: Tensor | None = getattr(_threads, "scratch", None)
+    if held is None or held.numel() < size:
+        held = torch.empty(size, dtype=torch.uint8)
+        if size <= _PIECE:
+            _threads.scratch = held
+    return held[:size]
 
 
 @functools.cache

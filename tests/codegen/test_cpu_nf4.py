@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -195,7 +196,7 @@ def test_products_without_16_bit_hardware(kernels, monkeypatch, tokens):
 
 
 def test_products_by_pieces(kernels, monkeypatch):
-    monkeypatch.setattr(cpu_nf4, "_PIECE", 8000)
+    monkeypatch.setattr(cpu_nf4, "_PIECE", 32000)
     shape = (201, 333)
     parts = stored(shape)
     w, x = reference(parts, shape, torch.float64), torch.randn(50, 333)
@@ -208,6 +209,19 @@ def test_products_by_pieces(kernels, monkeypatch):
     out = out.double()
     weight.product(x.double(), None, out)
     torch.testing.assert_close(out, x.double() @ w.t(), rtol=1e-13, atol=1e-13)
+
+
+def test_threads_do_not_share_the_memory_of_pieces(kernels):
+    shapes = [(201, 333), (65, 100)]
+    weights = [packed(stored(shape), shape, torch.float64, kernels=kernels) for shape in shapes]
+    decoded = [weight.decode() for weight in weights]
+
+    def products(i: int) -> bool:
+        dy = torch.ones(1, shapes[i][0], dtype=torch.float64)
+        return all(torch.allclose(weights[i].input_gradient(dy), dy @ decoded[i]) for _ in range(300))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(products, [0, 1] * 4))
 
 
 @pytest.mark.parametrize(("dtype", "tokens"), [(torch.float32, 5), (torch.bfloat16, 2), (torch.bfloat16, 5)])
@@ -343,6 +357,17 @@ def test_nothing_is_compiled_before_the_first_product(fresh: Path):
     model(torch.ones(1, 70))
     assert len(list(fresh.glob("nf4-*.so"))) == 1
     assert "compiled at" not in rewrite.explain(model)
+
+
+def test_another_header_or_flag_is_another_library(tmp_path: Path):
+    for name in ("nf4.cpp", "other.h"):
+        (tmp_path / name).write_text("// one")
+    command = (sys.executable, "-O3")
+    first = build._digest(tmp_path / "nf4.cpp", command)
+    assert build._digest(tmp_path / "nf4.cpp", command) == first
+    assert build._digest(tmp_path / "nf4.cpp", (*command, "-g")) != first
+    (tmp_path / "other.h").write_text("// two")
+    assert build._digest(tmp_path / "nf4.cpp", command) != first
 
 
 @pytest.mark.parametrize(
