@@ -84,6 +84,7 @@ every_spec = pytest.mark.parametrize(
     "spec",
     [pytest.param(s, id=n, marks=[pytest.mark.slow] * (n in LIKE_ANOTHER)) for n, s in SPECS.items()],
 )
+PRODUCTS = ("mm.", "addmm", "matmul", "einsum", "sum_of_products", "_gradient", "adapted_linear")
 WRITES = ("scatter", "index_put", "index_add", "index_copy", "slice_scatter")
 
 
@@ -101,7 +102,7 @@ def weight_sized(node: fx.Node) -> bool:
 def test_no_weight_has_a_gradient_or_is_kept_or_written_to(spec: str):
     step = counted(spec)
     assert step.record.counts["saved"]
-    products = [n for n in step.joint if any(p in str(n.target) for p in ("mm.", "addmm", "matmul", "einsum"))]
+    products = [n for n in step.joint if any(p in str(n.target) for p in PRODUCTS)]
     assert products
     assert [n for n in products if weight_sized(n)] == []
     assert [n for n in step.joint if any(w in str(n.target) for w in WRITES) and weight_sized(n)] == []
