@@ -7,6 +7,7 @@ timed while it waits for its first kernel, and times come from the device's own 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import gc
@@ -242,6 +243,11 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def settings(args: argparse.Namespace) -> dict[str, str]:
+    """The arguments of a run, for the head of a result; not the files that it wrote."""
+    return {name: str(value) for name, value in vars(args).items() if not isinstance(value, Path)}
 
 
 def about(device: torch.device) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from contest import WAYS, Contest, bars, lines, run
-from harness import OURS, Deadline, Gate, Plan, about, headline, picture, write
+from harness import OURS, Deadline, Gate, Plan, about, headline, picture, settings, write
 from profiles import profile
 
 Results = Sequence[Mapping[str, Any]]
@@ -67,7 +67,7 @@ def series(
     torch.backends.cuda.matmul.allow_tf32 = False
     deadline, gate, plan = Deadline(args.seconds), Gate(), Plan(args.rounds, seconds=args.case_seconds)
     data: dict[str, Any] = {"about": about(torch.device(args.device)), "arguments": {}, "results": [], "left out": []}
-    data["arguments"] = {name: str(value) for name, value in vars(args).items()}
+    data["arguments"] = settings(args)
     print(headline(data["about"]), flush=True)
     file = args.out / f"{args.name}.json" if args.out else None
     for contest in contests:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import OURS, Plan, Step, about, headline, measure, ratios, write
+from harness import OURS, Plan, Step, about, headline, measure, ratios, settings, write
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rewrite
@@ -95,8 +95,7 @@ def main() -> None:
             if args.pairs:
                 print("   " + " ".join(f"{p:.3f}" for p in row["pairs"]))
     if args.json:
-        settings = {name: str(value) for name, value in vars(args).items()}
-        write(args.json, {"arguments": settings, "about": about(device), "ratios": found})
+        write(args.json, {"arguments": settings(args), "about": about(device), "ratios": found})
 
 
 def arguments() -> argparse.Namespace:
