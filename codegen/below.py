@@ -22,10 +22,10 @@ def define_below(
 
     Example: `define_below(_lib, torch.ops.rewrite.dropout.default, _fake, CompositeExplicitAutograd=_dropout)`
     """
-    name = op._schema.name
-    schema = str(op._schema).removeprefix(name)
-    lib.define(f"{name.partition('::')[2]}.below{schema}")
+    qualified = op._schema.name
+    name = qualified.removeprefix("rewrite::")
+    lib.define(f"{name}.below{str(op._schema).removeprefix(qualified)}")
     for key, kernel in kernels.items():
-        lib.impl(f"{name.partition('::')[2]}.below", kernel, key)
-    torch.library.register_fake(f"{name}.below", fake, lib=lib)
-    BELOW[op] = getattr(torch.ops.rewrite, name.partition("::")[2]).below
+        lib.impl(f"{name}.below", kernel, key)
+    torch.library.register_fake(f"{qualified}.below", fake, lib=lib)
+    BELOW[op] = getattr(torch.ops.rewrite, name).below

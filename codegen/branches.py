@@ -16,6 +16,7 @@ from rewrite.codegen.below import define_below
 from rewrite.codegen.costs import register_flops_of_results
 from rewrite.codegen.dropout import add_input_gradient
 from rewrite.codegen.kernels import gradients, linear, outer_product
+from rewrite.codegen.tensors import as_rows
 
 Tensor = torch.Tensor
 _lib = torch.library.Library("rewrite", "FRAGMENT")
@@ -38,7 +39,7 @@ def add_branches(
 
 def _gradients(dy: Tensor, h: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`(scale * dy B, scale * dy' h)`: dy (..., N), h (..., r), B (N, r) -> (..., r), (N, r)."""
-    rows, low = _rows(dy), _rows(h)
+    rows, low = as_rows(dy), as_rows(h)
     dh, dB = rows @ B, rows.t() @ low
     if scale != 1.0:
         dh *= scale
@@ -47,7 +48,7 @@ def _gradients(dy: Tensor, h: Tensor, B: Tensor, scale: float) -> tuple[Tensor, 
 
 
 def _gradients_cuda(dy: Tensor, h: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    rows, low = _rows(dy), _rows(h)
+    rows, low = as_rows(dy), as_rows(h)
     if gradients.supports(rows, low, B) is not None:
         return _gradients(dy, h, B, scale)
     dh, dB = gradients.low_rank_gradients(rows, low, B, scale)
@@ -56,17 +57,13 @@ def _gradients_cuda(dy: Tensor, h: Tensor, B: Tensor, scale: float) -> tuple[Ten
 
 def _factor(dy: Tensor, h: Tensor) -> Tensor:
     """`dy' h` over all rows: dy (..., N), h (..., r) -> (N, r)."""
-    return _rows(dy).t() @ _rows(h)
+    return as_rows(dy).t() @ as_rows(h)
 
 
 def _factor_cuda(dy: Tensor, h: Tensor) -> Tensor:
-    rows, low = _rows(dy), _rows(h)
+    rows, low = as_rows(dy), as_rows(h)
     kernel = outer_product.of_slice(rows, low)
     return _factor(dy, h) if isinstance(kernel, str) else kernel.compute(low, rows)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _gradients_setup(ctx, inputs, output):
@@ -77,7 +74,7 @@ def _gradients_setup(ctx, inputs, output):
 def _gradients_backward(ctx, ddh, ddB):
     dy, h, B = ctx.saved_tensors
     for_dy = (ddh @ B.t() + h @ ddB.t()) * ctx.scale
-    return for_dy, (dy @ ddB) * ctx.scale, (_rows(dy).t() @ _rows(ddh)) * ctx.scale, None
+    return for_dy, (dy @ ddB) * ctx.scale, (as_rows(dy).t() @ as_rows(ddh)) * ctx.scale, None
 
 
 def sum_of_products(
@@ -100,7 +97,7 @@ def sum_of_products(
     else:
         total.accumulated(out)
     if dh is not None and A is not None and seed is not None:
-        add_input_gradient(out, _rows(dh), A, seed, ranks, p)
+        add_input_gradient(out, as_rows(dh), A, seed, ranks, p)
     return out
 
 

@@ -23,11 +23,3 @@ def folder(kind: str) -> Path:
         if os.access(place, os.W_OK):
             return place
     return Path(tempfile.mkdtemp(prefix="rewrite-"))
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file so that other processes see all of it or nothing."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(name, path)

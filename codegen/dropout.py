@@ -20,6 +20,7 @@ from rewrite.codegen.costs import register_flops_of_results
 from rewrite.codegen.cpu import dropout as cpu
 from rewrite.codegen.kernels import dropout as kernels
 from rewrite.codegen.masks import kept, scale
+from rewrite.codegen.tensors import as_rows, autocast, autocast_dtype
 
 Tensor = torch.Tensor
 _lib = torch.library.Library("rewrite", "FRAGMENT")
@@ -46,11 +47,7 @@ def _masked(x: Tensor, seed: Tensor, p: float) -> Tensor:
 
 
 def _dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    return (_masked(_rows(x), seed, p) * scale(p)).view(x.shape)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return (_masked(as_rows(x), seed, p) * scale(p)).view(x.shape)
 
 
 def _dropout_setup(ctx, inputs, output):
@@ -68,25 +65,23 @@ def dropped_linear(x: Tensor, A: Tensor, seed: Tensor, ranks: Sequence[int], p: 
     x (..., d_in); A (sum of ranks, d_in), the factors one above the other; seed (n,); returns (..., sum of ranks).
     Follows autocast.
     """
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, A = (t if t.dtype in (dtype, torch.float64) else t.to(dtype) for t in (x, A))
+    if dtype := autocast_dtype(x):
+        x, A = autocast(x, dtype), autocast(A, dtype)
     elif A.dtype != x.dtype:
         A = A.to(x.dtype)
     return torch.ops.rewrite.dropped_linear_core(x, A, seed, ranks, p)
 
 
 def _linear(x: Tensor, A: Tensor, seed: Tensor, ranks: Sequence[int], p: Sequence[float]) -> Tensor:
-    rows = _rows(x)
+    rows = as_rows(x)
     h = x.new_empty(*x.shape[:-1], A.shape[0])
-    for part, Ai, si, pi in zip(_rows(h).split(ranks, -1), A.split(ranks), seed.split(1), p, strict=True):
+    for part, Ai, si, pi in zip(as_rows(h).split(ranks, -1), A.split(ranks), seed.split(1), p, strict=True):
         torch.mul(F.linear(_masked(rows, si, pi), Ai), scale(pi), out=part)
     return h
 
 
 def _linear_gradients(dh, x, A, seed, ranks, p, input):
-    rows, dh, dA = _rows(x), _rows(dh), torch.empty_like(A)
+    rows, dh, dA = as_rows(x), as_rows(dh), torch.empty_like(A)
     for part, di, si, pi in zip(dA.split(ranks), dh.split(ranks, -1), seed.split(1), p, strict=True):
         torch.mul(di.t() @ _masked(rows, si, pi), scale(pi), out=part)
     if not input:
@@ -114,7 +109,7 @@ def add_input_gradient(
 
 
 def _dropout_cuda(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    rows = _rows(x)
+    rows = as_rows(x)
     rows = rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
     if kernels.supports_dropout(rows, p) is not None:
         return _dropout(x, seed, p)
@@ -122,20 +117,20 @@ def _dropout_cuda(x: Tensor, seed: Tensor, p: float) -> Tensor:
 
 
 def _linear_cuda(x: Tensor, A: Tensor, seed: Tensor, ranks: Sequence[int], p: Sequence[float]) -> Tensor:
-    rows = _rows(x)
+    rows = as_rows(x)
     if kernels.supports(rows, A, ranks, p) is not None:
         return _linear(x, A, seed, ranks, p)
     return kernels.linear(rows, A, seed, ranks, p).view(*x.shape[:-1], A.shape[0])
 
 
 def _linear_gradients_cuda(dh, x, A, seed, ranks, p, input):
-    rows, low = _rows(x), _rows(dh).contiguous()
+    rows, low = as_rows(x), as_rows(dh).contiguous()
     if kernels.supports(rows, A, ranks, p) is not None:
         return _linear_gradients(dh, x, A, seed, ranks, p, input)
     dA = kernels.gradient(low, rows, seed, ranks, p)
     dx = x.new_empty(x.shape if input else (0,))
     if input:
-        kernels.input_gradient(low, A, seed, ranks, p, _rows(dx), add=False)
+        kernels.input_gradient(low, A, seed, ranks, p, as_rows(dx), add=False)
     return dx, dA
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rewrite.codegen.tensors import is_eager
 from rewrite.errors import RewriteError
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -147,7 +148,7 @@ def dequantize(
     check_stored(codes, absmax, (), numel, blocksize)
     codes, absmax = codes.reshape(-1), absmax.to(torch.float32)
     table = _pair_table(codes)
-    if not (_is_eager(codes) and codes.device.type == "cpu"):
+    if not (is_eager(codes) and codes.device.type == "cpu"):
         return _decode(codes, absmax, table, numel, blocksize).to(dtype).reshape(tuple(shape))
     # A CPU spends its time on fresh memory: pieces that stay in the cache are faster than whole weights.
     out = torch.empty(numel, dtype=dtype, device=codes.device)
@@ -172,7 +173,7 @@ def _decode(codes: Tensor, absmax: Tensor, table: Tensor, numel: int, blocksize:
 def _pair_table(codes: Tensor) -> Tensor:
     """float32 [256, 2]: the two values of each byte, on the device of `codes`."""
     # On a GPU not kept either: made while CUDA graphs are recorded, it would be memory of theirs.
-    if not _is_eager(codes) or codes.device.type != "cpu":
+    if not is_eager(codes) or codes.device.type != "cpu":
         return _traced_pair_table(codes.device)
     table = _TABLES.get(codes.device)
     if table is None:
@@ -192,12 +193,8 @@ def _traced_pair_table(device: torch.device) -> Tensor:
     return torch.stack([code.unsqueeze(1).expand(16, 16), code.expand(16, 16)], dim=2).reshape(256, 2)
 
 
-def _is_eager(tensor: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and type(tensor) in (Tensor, torch.nn.Parameter)
-
-
 def _holds_data(tensor: Tensor) -> bool:
-    return _is_eager(tensor) and tensor.device.type != "meta"
+    return is_eager(tensor) and tensor.device.type != "meta"
 
 
 def _check_blocksize(blocksize: int) -> None:

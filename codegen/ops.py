@@ -26,6 +26,7 @@ from rewrite.codegen.below import define_below
 from rewrite.codegen.branches import add_branches
 from rewrite.codegen.costs import register_flops_of_results
 from rewrite.codegen.storage import layout as parse_layout
+from rewrite.codegen.tensors import autocast, autocast_dtype
 from rewrite.codegen.workspace import register_workspace
 from rewrite.errors import RewriteError
 
@@ -65,12 +66,10 @@ def adapted_linear(
     dense W that x W' leaves out, since the first branch has them: its h is a copy of x[..., start:stop], its B
     (d_out, stop - start) stands in their place, and the gradient of x is that of all columns.  Returns (..., d_out).
     """
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, h, B = _cast(x, dtype), [_cast(t, dtype) for t in h], [_cast(t, dtype) for t in B]
-        weight = [_cast(t, dtype) for t in weight] if layout == "dense" else weight
-        bias = None if bias is None else _cast(bias, dtype)
+    if dtype := autocast_dtype(x):
+        x, h, B = autocast(x, dtype), [autocast(t, dtype) for t in h], [autocast(t, dtype) for t in B]
+        weight = [autocast(t, dtype) for t in weight] if layout == "dense" else weight
+        bias = None if bias is None else autocast(bias, dtype)
     else:
         B = [t if t.dtype == x.dtype else t.to(x.dtype) for t in B]
     return torch.ops.rewrite.adapted_linear_core(x, weight, layout, bias, h, B, scale, start, skip)
@@ -97,11 +96,6 @@ def _low_rank_backward(ctx, dy):
     dx = dh @ low_A if ctx.needs_input_grad[0] else None
     dA = (dh.flatten(0, -2).t() @ x.flatten(0, -2)).to(A.dtype)
     return dx, dA, (rows.t() @ h.flatten(0, -2)).to(B.dtype), None
-
-
-def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    # As autocast does: floating point, but not float64.
-    return t.to(dtype) if t.is_floating_point() and t.dtype not in (dtype, torch.float64) else t
 
 
 def _core(x, weight, layout, bias, h, B, scale, start, skip):
@@ -175,7 +169,7 @@ def _core_backward(ctx, dy):
         dx, first = torch.ops.rewrite.sliced_gradients(dy, weight[0], h[0], B[0], ctx.skip[0])
         dh, dB = [None], [first]
     elif need_x:
-        dx = _input_gradient(dy, weight, ctx.layout)
+        dx = input_gradient(dy, weight, ctx.layout)
     branch = zip(h, B, ctx.scale, ctx.start, strict=True)
     for hi, Bi, si, at in itertools.islice(branch, len(dB), None):
         part = dy if Bi.shape[0] == dy.shape[-1] else dy[..., at : at + Bi.shape[0]]
@@ -203,7 +197,8 @@ def _flat(needs: object) -> list[bool]:
     return list(needs) if isinstance(needs, (list, tuple)) else [bool(needs)]
 
 
-def _input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> Tensor:
+def input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> Tensor:
+    """`dy W`, (..., d_in), of a frozen layer: dy (..., d_out)."""
     if layout == "dense":  # an ordinary product: Inductor may fuse around it
         return torch.matmul(dy, weight[0])
     return torch.ops.rewrite.linear_input_gradient(dy, weight, layout)
@@ -264,19 +259,14 @@ define_below(_lib, torch.ops.rewrite.adapted_linear_core.default, _core_fake, **
 
 @register_flop_formula(torch.ops.rewrite.adapted_linear_core)
 def _core_flops(x, weight, layout, bias, h, B, scale, start, skip, *, out_shape=None, **_) -> int:
-    tokens, rows = 1, out_shape[-1] if out_shape else 0
-    for size in x[:-1]:
-        tokens *= size
+    tokens, rows = torch.Size(x[:-1]).numel(), out_shape[-1] if out_shape else 0
     columns = x[-1] - (skip[1] - skip[0] if skip else 0)
     return 2 * tokens * (columns * rows + sum(hi[-1] * Bi[0] for hi, Bi in zip(h, B, strict=True)))
 
 
 @register_flop_formula(torch.ops.rewrite.linear_input_gradient)
 def _input_gradient_flops(dy, weight, layout, *, out_shape=None, **_) -> int:
-    tokens = 1
-    for size in dy[:-1]:
-        tokens *= size
-    return 2 * tokens * dy[-1] * (out_shape[-1] if out_shape else 0)
+    return 2 * torch.Size(dy).numel() * (out_shape[-1] if out_shape else 0)
 
 
 @register_flops_of_results(torch.ops.rewrite.sliced_gradients)
@@ -287,14 +277,14 @@ def _sliced_flops(dy, W, h, B, start) -> tuple[int, int]:
 
 @register_workspace(torch.ops.rewrite.adapted_linear_core)
 def _core_workspace(x, weight, layout, *_: object) -> int:
-    return _decoded(weight, layout, x.dtype)
+    return decoded_bytes(weight, layout, x.dtype)
 
 
 @register_workspace(torch.ops.rewrite.linear_input_gradient)
 def _input_gradient_workspace(dy, weight, layout) -> int:
-    return _decoded(weight, layout, dy.dtype)
+    return decoded_bytes(weight, layout, dy.dtype)
 
 
-def _decoded(weight: Sequence[Tensor], layout: str, dtype: torch.dtype) -> int:
+def decoded_bytes(weight: Sequence[Tensor], layout: str, dtype: torch.dtype) -> int:
     """Bytes of a stored weight while it is decoded for a product; routes that do not form it take no more."""
     return 0 if layout == "dense" else torch.Size(parse_layout(layout).shape).numel() * dtype.itemsize  # type: ignore[attr-defined]

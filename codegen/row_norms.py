@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from rewrite.codegen.storage import layout as parse_layout
+from rewrite.codegen.tensors import wide_dtype
 from rewrite.codegen.workspace import register_workspace
 
 Tensor = torch.Tensor
@@ -33,15 +34,11 @@ def adapted_row_norms(
     tensor([1., 5.])
     """
     W = parse_layout(layout).decode(*weight)
-    wide = _wide(W.dtype)
+    wide = wide_dtype(W.dtype)
     low, A, B = A.to(W.dtype), A.to(W.dtype).to(wide), B.to(W.dtype).to(wide) * scale
     squares = torch.linalg.vector_norm(W, dim=-1, dtype=wide).square() if squares is None else squares
     update = 2 * (W @ low.t()).to(wide) + B @ (A @ A.t())
     return (squares + (update * B).sum(-1)).clamp(min=0).sqrt()
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype.itemsize < 4 else dtype
 
 
 def _cuda(weight, layout, A, B, scale, squares=None):
@@ -58,7 +55,7 @@ def _cuda(weight, layout, A, B, scale, squares=None):
 
 def _fake(weight, layout, A, B, scale, squares=None):
     dtype = weight[0].dtype if layout == "dense" else parse_layout(layout).dtype  # type: ignore[attr-defined]
-    return B.new_empty(B.shape[0], dtype=_wide(dtype))
+    return B.new_empty(B.shape[0], dtype=wide_dtype(dtype))
 
 
 def _setup(ctx, inputs, output):

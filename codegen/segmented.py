@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from rewrite.codegen import ops
+from rewrite.codegen.tensors import autocast, autocast_dtype
+from rewrite.codegen.workspace import register_workspace
 from rewrite.errors import RewriteError
 
 Tensor = torch.Tensor
@@ -75,10 +77,8 @@ def segmented_linear(
 
 def _autocast(*tensors: Tensor) -> list[Tensor]:
     """Tensors in the dtype of products where autocast is on."""
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return list(tensors)
-    return [ops._cast(t, torch.get_autocast_dtype(device)) for t in tensors]
+    dtype = autocast_dtype(tensors[0])
+    return [t if dtype is None else autocast(t, dtype) for t in tensors]
 
 
 def _aligned(gate: Tensor, x: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ def _linear_setup(ctx, inputs, output):
 def _linear_backward(ctx, dy):
     *weight, h, B, gate = ctx.saved_tensors
     need_x, _, _, need_bias, need_h, need_B, _ = ctx.needs_input_grad
-    dx = ops._input_gradient(dy, weight, ctx.layout) if need_x else None
+    dx = ops.input_gradient(dy, weight, ctx.layout) if need_x else None
     used = (gate != 0).to(dy.dtype)
     dh = torch.ops.rewrite.segmented_shrink_core(dy, B.t(), used) if need_h else None
     dB = torch.ops.rewrite.segmented_outer(h, dy, gate).t().to(B.dtype) if need_B else None
@@ -285,33 +285,26 @@ _autograd("rewrite::segmented_linear_core", _linear_backward, setup_context=_lin
 # Products are counted as if every row used every rank: how many do is known when a step runs.
 
 
-def _tokens(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape[:-1]:
-        count *= size
-    return count
-
-
 @register_flop_formula(torch.ops.rewrite.segmented_shrink_core)
 def _shrink_flops(x, A, gate, *, out_shape=None, **_) -> int:
-    return 2 * _tokens(x) * A[0] * A[1]
+    return 2 * torch.Size(x).numel() * A[0]
 
 
 @register_flop_formula(torch.ops.rewrite.segmented_product)
 def _product_flops(h, M, gate, *, out_shape=None, **_) -> int:
-    return 2 * _tokens(h) * M[0] * M[1]
+    return 2 * torch.Size(h).numel() * M[0]
 
 
 @register_flop_formula(torch.ops.rewrite.segmented_outer)
 def _outer_flops(h, x, gate, *, out_shape=None, **_) -> int:
-    return 2 * _tokens(h) * h[-1] * x[-1]
+    return 2 * torch.Size(h).numel() * x[-1]
 
 
 @register_flop_formula(torch.ops.rewrite.segmented_linear_core)
 def _linear_flops(x, weight, layout, bias, h, B, gate, *, out_shape=None, **_) -> int:
-    return 2 * _tokens(x) * B[0] * (x[-1] + B[1])
+    return 2 * torch.Size(x[:-1]).numel() * B[0] * (x[-1] + B[1])
 
 
-@ops.register_workspace(torch.ops.rewrite.segmented_linear_core)
+@register_workspace(torch.ops.rewrite.segmented_linear_core)
 def _linear_workspace(x, weight, layout, *_: object) -> int:
-    return ops._decoded(weight, layout, x.dtype)
+    return ops.decoded_bytes(weight, layout, x.dtype)

@@ -16,6 +16,7 @@ from typing import Any
 
 import rewrite
 from rewrite.catalogue import described, page
+from rewrite.codegen.files import write
 from rewrite.codegen.kernels.target import TARGETS
 from rewrite.errors import Error, RewriteError, nearest
 from rewrite.finetune.bases import built_in_config
@@ -23,7 +24,6 @@ from rewrite.finetune.request import Job
 from rewrite.folders import config_of, inputs_of, skeleton
 from rewrite.progress import waiting
 from rewrite.runtime.backend import BACKENDS
-from rewrite.runtime.files import write
 
 Command = Callable[[argparse.Namespace], int]
 _MODEL = "folder of a Hugging Face model, of which config.json is enough; default: the small built-in Llama"

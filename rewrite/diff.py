@@ -16,13 +16,13 @@ from typing import Any
 
 from torch import nn
 
+from rewrite.codegen.files import write
 from rewrite.errors import RewriteError
 from rewrite.explain import graph_heading
 from rewrite.listing import short
 from rewrite.passes.record import Edit, GraphRecord, Group, Note, PassRecord, group
 from rewrite.runtime.attach import require
 from rewrite.runtime.captures import records_of
-from rewrite.runtime.files import write
 from rewrite.runtime.holdings import holdings
 
 

@@ -128,7 +128,7 @@ _PLACES = {"cpu": "the CPU", "cuda": "the GPU"}
 
 def _kernels(state: Attachment, held: Sequence[Held]) -> list[str]:
     """What computes with stored weights and masks of dropout, and why not the faster way."""
-    stored = {(h.storage, h.device.partition(":")[0]) for h in held if h.base}
+    stored = {(h.storage, h.device) for h in held if h.base}
     names = dict.fromkeys(r["method"] for r, g in zip(state.sites, state.grafts, strict=True) if g.where == "storage")
     lines = [
         f"{name} on {place}: {of_storage(name, device)}"

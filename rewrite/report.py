@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rewrite.codegen.files import write
 from rewrite.errors import ResolveError, RewriteError
 from rewrite.estimate import Estimate, Estimator, batch_of
 from rewrite.explain import base_rows, graph_heading
@@ -25,7 +26,6 @@ from rewrite.passes.record import GraphRecord, summarise
 from rewrite.progress import waiting
 from rewrite.runtime.attach import attachment
 from rewrite.runtime.captures import records_of
-from rewrite.runtime.files import write
 from rewrite.runtime.holdings import Held, holdings
 from rewrite.runtime.scaling import Counts
 from rewrite.spec import Spec

@@ -20,10 +20,10 @@ from safetensors.torch import load
 from safetensors.torch import save as to_bytes
 from torch import nn
 
+from rewrite.codegen.files import write
 from rewrite.errors import RewriteError
 from rewrite.runtime.adapter import Adapters
 from rewrite.runtime.attach import adapter_state, attachment, require
-from rewrite.runtime.files import write
 from rewrite.version import __version__
 
 TENSORS, CONFIG = "adapter.safetensors", "rewrite.json"

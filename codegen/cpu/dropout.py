@@ -10,6 +10,7 @@ import torch
 
 from rewrite.codegen.cpu.build import Build, build, instruction_sets
 from rewrite.codegen.masks import threshold
+from rewrite.codegen.tensors import is_eager
 
 Tensor = torch.Tensor
 
@@ -50,9 +51,7 @@ def added(y: Tensor, x: Tensor, seed: Tensor, p: float, found: Build | None = No
 
 
 def _library(x: Tensor, seed: Tensor, found: Build | None) -> ctypes.CDLL | None:
-    if torch.compiler.is_compiling() or not all(
-        type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in (x, seed)
-    ):
+    if not is_eager(x, seed) or not (x.is_cpu and seed.is_cpu):
         return None
     library = (found or kernels()).library()
     return None if library is None else _declared(library)

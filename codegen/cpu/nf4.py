@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from rewrite.codegen.cpu.build import Build, build, instruction_sets
 from rewrite.codegen.nf4 import CODE, check_stored
+from rewrite.codegen.tensors import is_eager
 
 Tensor = torch.Tensor
 
@@ -53,7 +54,7 @@ def route() -> str:
 
 def unreadable(stored: Sequence[Tensor], found: Build | None = None) -> str | None:
     """Why the kernels do not read the stored tensors, or None; compiles the kernels if it comes to that."""
-    if torch.compiler.is_compiling() or not all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in stored):
+    if not is_eager(*stored) or not all(t.is_cpu for t in stored):
         return "tensors without numbers on a CPU"
     found = found or kernels()
     return None if found.library() is not None else found.refusal()

@@ -14,6 +14,7 @@ from rewrite.codegen.forms.algebra import Scaled, Sum
 from rewrite.codegen.forms.form import Form, cast
 from rewrite.codegen.forms.low_rank import LowRank
 from rewrite.codegen.maps import LINEAR, LayerMap
+from rewrite.codegen.tensors import wide_dtype
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Base(Form):
         return super().__add__(other)
 
     def squares(self) -> Any:
-        norms = torch.linalg.vector_norm(self.W, dim=-1, dtype=_wide(self.W.dtype))
+        norms = torch.linalg.vector_norm(self.W, dim=-1, dtype=wide_dtype(self.W.dtype))
         return norms * norms
 
     def gram(self, other: Form) -> Any:
@@ -80,7 +81,3 @@ class Adapted(Sum):
         base, update = self.parts[0], self.low_rank
         assert isinstance(base, Base)
         return torch.ops.rewrite.adapted_row_norms([base.W], "dense", update.A, update.left, self.scale, None)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype.itemsize < 4 else dtype

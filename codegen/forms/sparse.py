@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from rewrite.codegen.forms.form import TOKENS, Form
 from rewrite.codegen.kernels import sparse as kernels
+from rewrite.codegen.tensors import wide_dtype
 
 Tensor = torch.Tensor
 GATHER = 100
@@ -110,10 +111,6 @@ def scattered(count: int, d_out: int, d_in: int, seed: int | None) -> Tensor:
     return torch.stack([drawn // d_in, drawn % d_in])
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype.itemsize < 4 else dtype
-
-
 def _chunks(values: Tensor, rows: Tensor | None, columns: Tensor, d_out: int, tokens: int) -> Iterator[Any]:
     """(values, rows, columns) in pieces that gather at most `CHUNK` numbers."""
     count = values.shape[0]
@@ -128,7 +125,7 @@ def _chunks(values: Tensor, rows: Tensor | None, columns: Tensor, d_out: int, to
 def _product(x: Tensor, values: Tensor, rows: Tensor | None, columns: Tensor, d_out: int) -> Tensor:
     """y (..., d_out) of x (..., d_in): tokens last while gathering, so that every coordinate names whole rows."""
     flat = x.reshape(-1, x.shape[-1]).t().contiguous()
-    y = torch.zeros(d_out, flat.shape[1], dtype=_wide(x.dtype), device=x.device)
+    y = torch.zeros(d_out, flat.shape[1], dtype=wide_dtype(x.dtype), device=x.device)
     for v, i, j, _ in _chunks(values, rows, columns, d_out, flat.shape[1]):
         y.index_add_(0, i, (flat[j] * v[:, None]).to(y.dtype))
     return y.t().to(x.dtype).reshape(*x.shape[:-1], d_out).contiguous()
@@ -137,8 +134,8 @@ def _product(x: Tensor, values: Tensor, rows: Tensor | None, columns: Tensor, d_
 def _gradients(dy: Tensor, x: Tensor, values: Tensor, rows: Tensor | None, columns: Tensor) -> tuple[Tensor, Tensor]:
     """(dx, dvalues): dx of S' dy, and the sampled product of dy' x."""
     g, flat = (t.reshape(-1, t.shape[-1]).t().contiguous() for t in (dy, x))
-    dx = torch.zeros(flat.shape, dtype=_wide(x.dtype), device=x.device)
-    dvalues = torch.zeros(values.shape, dtype=_wide(x.dtype), device=x.device)
+    dx = torch.zeros(flat.shape, dtype=wide_dtype(x.dtype), device=x.device)
+    dvalues = torch.zeros(values.shape, dtype=wide_dtype(x.dtype), device=x.device)
     for v, i, j, piece in _chunks(values, rows, columns, g.shape[0], g.shape[1]):
         dx.index_add_(0, j, (g[i] * v[:, None]).to(dx.dtype))
         dvalues[piece] = (g[i] * flat[j]).sum(-1, dtype=dvalues.dtype)
@@ -184,10 +181,7 @@ torch.library.register_autograd("rewrite::sparse_product", _backward, setup_cont
 
 @register_flop_formula(torch.ops.rewrite.sparse_product)
 def _flops(x, values, rows, columns, d_out, *, out_shape=None, **_) -> int:
-    tokens = 1
-    for size in x[:-1]:
-        tokens *= size
-    return 2 * tokens * values[0]
+    return 2 * torch.Size(x[:-1]).numel() * values[0]
 
 
 @register_flop_formula(torch.ops.rewrite.sparse_product_backward)

@@ -13,7 +13,7 @@ import torch
 from rewrite.codegen import masks
 from rewrite.codegen.kernels import plans
 from rewrite.codegen.kernels.gradients import sum_of_parts
-from rewrite.codegen.kernels.kernel import Config, Kernel, triton_type
+from rewrite.codegen.kernels.kernel import Config, Kernel, precision, triton_type
 from rewrite.codegen.kernels.products import HALVES, NARROW, padded, row_stride
 from rewrite.codegen.kernels.target import Target, multiprocessors, unusable
 
@@ -58,6 +58,7 @@ class _Dropped(Kernel):
     dtype: torch.dtype
 
     products = True
+    cpu = "masks in C++, codegen/cpu; products of ATen"
 
     def supports(self) -> str | None:
         if self.dtype not in HALVES:
@@ -67,10 +68,9 @@ class _Dropped(Kernel):
         return None
 
     def names(self) -> dict[str, Any]:
-        precision = ', input_precision="ieee"' if self.dtype == torch.float32 else ""
         total = sum(f.rank for f in self.factors)
-        even = math.gcd(self.K, 16)
-        return {**super().names(), "total": total, "rounds": masks.ROUNDS, "precision": precision, "even": even}
+        here = {"total": total, "rounds": masks.ROUNDS, "even": math.gcd(self.K, 16)}
+        return {**super().names(), **here, "precision": precision(self.dtype)}
 
     @property
     def low(self) -> int:
@@ -90,7 +90,6 @@ class DroppedLinear(_Dropped):
 
     name = "dropped_linear"
     applies = "down-projections behind dropout"
-    cpu = "ATen: Philox in 64-bit integers"
 
     def arguments(self) -> Mapping[str, str]:
         of = f"*{triton_type(self.dtype)}"
@@ -120,7 +119,6 @@ class DroppedGradient(_Dropped):
 
     name = "dropped_gradient"
     applies = "dA of down-projections behind dropout"
-    cpu = "ATen: Philox in 64-bit integers"
 
     def arguments(self) -> Mapping[str, str]:
         of = f"*{triton_type(self.dtype)}"
@@ -149,7 +147,6 @@ class DroppedInputGradient(_Dropped):
 
     name = "dropped_input_gradient"
     applies = "dx of down-projections behind dropout, added in place to that of the base product"
-    cpu = "ATen: Philox in 64-bit integers"
 
     def arguments(self) -> Mapping[str, str]:
         of = f"*{triton_type(self.dtype)}"
@@ -180,7 +177,7 @@ class Dropout(Kernel):
 
     name = "dropout"
     applies = "dropout, and its gradient"
-    cpu = "ATen: Philox in 64-bit integers"
+    cpu = "C++, codegen/cpu"
 
     def supports(self) -> str | None:
         return None if self.dtype in _FLOATS else f"{self.dtype}: the reference"

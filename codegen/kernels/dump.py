@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rewrite.codegen import cache
+from rewrite.codegen import files
 
 if TYPE_CHECKING:
     from rewrite.codegen.kernels.kernel import Config, Kernel
@@ -25,7 +25,7 @@ def kernel(kernel: Kernel, config: Config, compiled: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(f"{kernel!r}{config}".encode()).hexdigest()[:8]
     heading = f"# {kernel!r}\n# {config}\n# {_resources(compiled)}\n\n"
-    cache.write(folder / f"{kernel.name}_{digest}.py", heading + kernel.source)
+    files.write(folder / f"{kernel.name}_{digest}.py", (heading + kernel.source).encode())
 
 
 def _resources(compiled: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rewrite.codegen.kernels import plans
-from rewrite.codegen.kernels.kernel import Config, Kernel, triton_type
+from rewrite.codegen.kernels.kernel import Config, Kernel, precision, triton_type
 from rewrite.codegen.kernels.products import HALVES, NARROW, padded, row_stride
 from rewrite.codegen.kernels.target import Target, multiprocessors, unusable
 
@@ -50,8 +50,7 @@ class LowRankGradients(Kernel):
         return {"dy": of, "h": of, "B": of, **parts, "M": "i32", "chunk": "i32"}
 
     def names(self) -> dict[str, Any]:
-        precision = ', input_precision="ieee"' if self.dtype == torch.float32 else ""
-        return {**super().names(), "padded": padded(self.rank), "precision": precision}
+        return {**super().names(), "padded": padded(self.rank), "precision": precision(self.dtype)}
 
     def space(self, target: Target) -> Sequence[Config]:
         return [Config.of(warps=8, stages=3, BLOCK_M=64), Config.of(warps=8, stages=3, BLOCK_M=32)]

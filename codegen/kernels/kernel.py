@@ -60,6 +60,20 @@ def triton_type(dtype: torch.dtype) -> str:
     return _TYPES[dtype]
 
 
+def precision(dtype: torch.dtype) -> str:
+    """What `tl.dot` needs besides its operands, for products of float32 that are not rounded to TF32."""
+    return ', input_precision="ieee"' if dtype == torch.float32 else ""
+
+
+def tiles_of(size: int, tile: int) -> int:
+    """How many tiles cover a size.
+
+    >>> tiles_of(129, 64)
+    3
+    """
+    return -(-size // tile)
+
+
 class Kernel:
     """A frozen dataclass whose fields are the structure, the fixed shapes and the dtypes of one generated source.
 

@@ -10,7 +10,7 @@ import torch
 
 from rewrite.codegen.kernels import plans
 from rewrite.codegen.kernels.gradients import LARGE, sum_of_parts
-from rewrite.codegen.kernels.kernel import Config, Kernel, triton_type
+from rewrite.codegen.kernels.kernel import Config, Kernel, precision, triton_type
 from rewrite.codegen.kernels.target import Target, unusable
 
 Tensor = torch.Tensor
@@ -58,8 +58,7 @@ class OuterProduct(Kernel):
         return None
 
     def names(self) -> dict[str, Any]:
-        precision = ', input_precision="ieee"' if self.dtype == torch.float32 else ""
-        return {**super().names(), "gated": self.gated, "precision": precision}
+        return {**super().names(), "gated": self.gated, "precision": precision(self.dtype)}
 
     def arguments(self) -> Mapping[str, str]:
         of = f"*{triton_type(self.dtype)}"

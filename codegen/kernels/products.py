@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rewrite.codegen.kernels.kernel import Config, Kernel, triton_type
+from rewrite.codegen.kernels.kernel import Config, Kernel, precision, triton_type
 from rewrite.codegen.kernels.target import Target
 
 NARROW = 128
@@ -107,8 +107,7 @@ class SumOfProducts(Kernel):
         narrow = [(i, term) for i, term in indexed if term.size <= NARROW]
         wide = [(i, term) for i, term in indexed if term.size > NARROW]
         ratios = dict(zip((i for i, _ in narrow), horner([term for _, term in narrow]), strict=True))
-        precision = ', input_precision="ieee"' if self.dtype == torch.float32 else ""
-        return {**super().names(), "narrow": narrow, "wide": wide, "ratios": ratios, "precision": precision}
+        return {**super().names(), "narrow": narrow, "wide": wide, "ratios": ratios, "precision": precision(self.dtype)}
 
     def space(self, target: Target) -> Sequence[Config]:
         if target.capability >= 90:

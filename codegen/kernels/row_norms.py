@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rewrite.codegen import nf4, storage
-from rewrite.codegen.kernels.kernel import Config, Kernel, triton_type
+from rewrite.codegen.kernels.kernel import Config, Kernel, precision, triton_type
 from rewrite.codegen.kernels.nf4 import stored_types, unreadable
 from rewrite.codegen.kernels.target import Target, unusable
 
@@ -62,9 +62,8 @@ class RowNorms(Kernel):
         return {**weight, **({"squares": "*fp32"} if self.cached else {}), "A": of, "B": of, "out": "*fp32"}
 
     def names(self) -> dict[str, Any]:
-        precision = ', input_precision="ieee"' if self.dtype == torch.float32 else ""
         weight = {torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}.get(self.dtype, "tl.float32")
-        return {**super().names(), "precision": precision, "weight_dtype": weight, "code": nf4.CODE}
+        return {**super().names(), "precision": precision(self.dtype), "weight_dtype": weight, "code": nf4.CODE}
 
     def space(self, target: Target) -> Sequence[Config]:
         tall = [Config.of(warps=4, stages=4, BLOCK_N=32, BLOCK_K=128)]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rewrite.codegen.kernels.kernel import Config, Kernel, triton_type
+from rewrite.codegen.kernels.kernel import Config, Kernel, precision, tiles_of, triton_type
 from rewrite.codegen.kernels.outer_product import FULL, OuterProduct
 from rewrite.codegen.kernels.target import Target, unusable
 
@@ -46,7 +46,7 @@ class SegmentedTiles(Kernel):
         return [Config.of(warps=1, stages=1)]
 
     def grid(self, config: Config, **sizes: int) -> tuple[int, ...]:
-        return _up(sizes["M"], self.rows), _up(self.R, self.ranks)
+        return tiles_of(sizes["M"], self.rows), tiles_of(self.R, self.ranks)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class _Segmented(Kernel):
 
     @property
     def tiles(self) -> int:
-        return _up(self.R, self.ranks)
+        return tiles_of(self.R, self.ranks)
 
     @property
     def padded(self) -> int:
@@ -107,7 +107,7 @@ class SegmentedShrink(_Segmented):
         return (self.rows + self.ranks) * config["BLOCK_K"] * config.stages * self.dtype.itemsize
 
     def grid(self, config: Config, **sizes: int) -> tuple[int, ...]:
-        return _up(sizes["M"], self.rows), self.tiles
+        return tiles_of(sizes["M"], self.rows), self.tiles
 
 
 @dataclass(frozen=True)
@@ -139,10 +139,11 @@ class SegmentedExpand(_Segmented):
 
     def choose(self, configs: Sequence[Config], **sizes: int) -> Config:
         """Wide tiles read h less often; narrow ones make enough programs of few rows."""
-        return configs[0] if _up(sizes["M"], self.rows) * _up(self.N, configs[0]["BLOCK_N"]) >= FULL else configs[-1]
+        programs = tiles_of(sizes["M"], self.rows) * tiles_of(self.N, configs[0]["BLOCK_N"])
+        return configs[0] if programs >= FULL else configs[-1]
 
     def grid(self, config: Config, **sizes: int) -> tuple[int, ...]:
-        return _up(sizes["M"], self.rows), _up(self.N, config["BLOCK_N"])
+        return tiles_of(sizes["M"], self.rows), tiles_of(self.N, config["BLOCK_N"])
 
 
 def reason(rows: Tensor, matrix: Tensor, gate: Tensor) -> str | None:
@@ -191,7 +192,7 @@ def outer(h: Tensor, x: Tensor, gate: Tensor) -> Tensor:
 def open_tiles(gate: Tensor, M: int, T: int, rows: int, ranks: int) -> Tensor:
     """(tiles of rows, tiles of ranks) int8: those that any gate opens."""
     R = gate.shape[1]
-    tiles = torch.empty(_up(M, rows), _up(R, ranks), dtype=torch.int8, device=gate.device)
+    tiles = torch.empty(tiles_of(M, rows), tiles_of(R, ranks), dtype=torch.int8, device=gate.device)
     SegmentedTiles(R, rows, ranks, gate.stride(0), gate.dtype).launch(gate, tiles, M=M, T=T)
     return tiles
 
@@ -202,11 +203,6 @@ def matrix(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
 
 
-def precision(dtype: torch.dtype) -> str:
-    """What `tl.dot` needs for products of float32 that are not rounded to TF32."""
-    return ', input_precision="ieee"' if dtype == torch.float32 else ""
-
-
 def _dense(gate: Tensor) -> Tensor:
     return gate if gate.stride(1) == 1 else gate.contiguous()
 
@@ -215,10 +211,6 @@ def _sizes(rows: Tensor, gate: Tensor) -> tuple[int, int, tuple[int, int]]:
     """(M, rows for each of the batch, (rows of a tile, ranks of a tile))."""
     M, (batch, R) = rows.shape[0], gate.shape
     return M, M // max(batch, 1), (16 if M <= _FEW else 64, 16 if R <= 16 else 32)
-
-
-def _up(size: int, block: int) -> int:
-    return -(-size // block)
 
 
 EXAMPLES = (

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from rewrite.codegen.kernels.kernel import Config, Kernel, triton_type
+from rewrite.codegen.kernels.kernel import Config, Kernel, tiles_of, triton_type
 from rewrite.codegen.kernels.target import Target, unusable
 
 Tensor = torch.Tensor
@@ -56,7 +56,7 @@ class TokensLast(_OverLines):
         return [Config.of(warps=4, BLOCK_T=64, BLOCK_C=64), Config.of(warps=8, BLOCK_T=128, BLOCK_C=64)]
 
     def grid(self, config: Config, **sizes: int) -> tuple[int, ...]:
-        return _tiles(self.columns, config["BLOCK_C"]), _tiles(sizes["lines"] * _LINE, config["BLOCK_T"])
+        return tiles_of(self.columns, config["BLOCK_C"]), tiles_of(sizes["lines"] * _LINE, config["BLOCK_T"])
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class SparseProduct(_OverLines):
         return configs[2] if sizes["tokens"] <= 16 else configs[0]
 
     def grid(self, config: Config, **sizes: int) -> tuple[int, ...]:
-        return _tiles(self.rows, config["BLOCK_R"]), _tiles(sizes["tokens"], config["BLOCK_T"])
+        return tiles_of(self.rows, config["BLOCK_R"]), tiles_of(sizes["tokens"], config["BLOCK_T"])
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class SparseSampled(_OverLines):
         ]
 
     def grid(self, config: Config, **sizes: int) -> tuple[int, ...]:
-        return _tiles(self.count, config["BLOCK_Q"]), _tiles(sizes["lines"] * _LINE, _SLAB)
+        return tiles_of(self.count, config["BLOCK_Q"]), tiles_of(sizes["lines"] * _LINE, _SLAB)
 
 
 def supports(x: Tensor, values: Tensor, rows: Tensor | None, columns: Tensor, d_out: int) -> str | None:
@@ -183,7 +183,7 @@ def _sampled(dlines: Tensor, lines: Tensor, values: Tensor, rows: Tensor | None,
     if not count or not padded:
         return torch.zeros_like(values)
     kernel = SparseSampled(count, _each(values, rows, dlines.shape[0]), lines.dtype, columns.dtype)
-    slabs = _tiles(padded, _SLAB)
+    slabs = tiles_of(padded, _SLAB)
     partial = lines.new_empty(slabs, count, dtype=torch.float32)
     given = () if rows is None else (rows.contiguous(),)
     kernel.launch(dlines, lines, *given, columns.contiguous(), partial, lines=padded // _LINE)
@@ -194,7 +194,7 @@ def _lines(x: Tensor) -> tuple[Tensor, int]:
     """x (..., d) as (d, tokens), padded with zeros to whole lines; and the number of tokens."""
     rows = x.reshape(-1, x.shape[-1])
     tokens = rows.shape[0]
-    padded = _tiles(tokens, _LINE) * _LINE
+    padded = tiles_of(tokens, _LINE) * _LINE
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     out = rows.new_empty(rows.shape[1], padded)
     TokensLast(rows.shape[1], x.dtype).launch(rows, out, tokens=tokens, lines=padded // _LINE, stride=rows.stride(0))
@@ -216,10 +216,6 @@ def _row_of_entry(values: Tensor, columns: Tensor, d_out: int) -> Tensor:
 def _each(values: Tensor, rows: Tensor | None, d_out: int) -> int:
     """Entries in every row; 0 where rows say which one an entry is of."""
     return values.shape[0] // max(d_out, 1) if rows is None else 0
-
-
-def _tiles(size: int, tile: int) -> int:
-    return -(-size // tile)
 
 
 _BF16, _INT = torch.bfloat16, torch.int32

@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from rewrite.codegen import cache
+from rewrite.codegen import cache, files
 
 
 @functools.cache
@@ -47,7 +47,7 @@ def load(name: str, source: str) -> ModuleType:
         return sys.modules[unique]
     path = cache.folder("kernels") / f"{name}_{digest}.py"
     if not path.exists():
-        cache.write(path, source)
+        files.write(path, source.encode())
     spec = importlib.util.spec_from_file_location(unique, path)
     assert spec is not None
     assert spec.loader is not None

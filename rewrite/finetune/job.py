@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import rewrite
+from rewrite.codegen.files import write
 from rewrite.errors import RewriteError
 from rewrite.finetune import bases, checks
 from rewrite.finetune.bases import Base
@@ -24,7 +25,6 @@ from rewrite.finetune.checks import Check
 from rewrite.finetune.request import Job, Request, prepare
 from rewrite.finetune.training import Curve, evaluate, train
 from rewrite.runtime.attach import require
-from rewrite.runtime.files import write
 from rewrite.runtime.merge import merge_report
 from rewrite.runtime.regimes import trained
 from rewrite.runtime.training import gradient_of

@@ -14,6 +14,7 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from rewrite.codegen.files import write
 from rewrite.errors import RewriteError
 from rewrite.method import Method
 from rewrite.peft.config import CONFIG, TENSORS, Config
@@ -21,7 +22,6 @@ from rewrite.peft.keys import ROWS, Made, entries, parts, tensor_of, tensors_of,
 from rewrite.peft.targets import by_path, suffixed
 from rewrite.peft.tuner import Part, Tuner, tuners
 from rewrite.runtime.attach import original, require
-from rewrite.runtime.files import write
 from rewrite.runtime.graft import Graft
 
 Tensor = torch.Tensor
