@@ -1,5 +1,5 @@
 """fuse: base product + adapter branches + bias + dequantisation become one operator; a slice of a weight that trains
-is taken out of the base product.
+is taken out of the base product; a scale of the outputs joins the branch.
 
 A layer whose base weight trains is left alone: the fused operator has no gradient for it.
 """
@@ -105,6 +105,15 @@ def _slice(h: fx.Node, x: fx.Node) -> tuple[int, int] | None:
     if part is None or part[0] is not x or part[1] != -1:
         return None
     return part[2], part[2] + part[3]
+
+
+@rule(mul(adapted_linear("x", "stored", "layout", "b", "hs", "Bs", "scales", "starts"), "d"))
+def fuse_scale(r, x, stored, layout, b, hs, Bs, scales, starts, d) -> Any:
+    """adapted_linear(x, w, h, B, s) * d  ->  scaled_linear(x, w, h, B, s, d)"""
+    y = example(r.origin)
+    if b is not None or not hs or not isinstance(d, fx.Proxy) or tuple(example(d.node).shape) != y.shape[-1:]:
+        return None
+    return torch.ops.rewrite.scaled_linear(x, stored, layout, hs, Bs, scales, starts, d)
 
 
 FUSE = (fuse_norms, fuse_storage, fuse_branch, fuse_columns)

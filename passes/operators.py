@@ -14,6 +14,7 @@ import rewrite.codegen.cross_entropy
 import rewrite.codegen.dropout
 import rewrite.codegen.ops
 import rewrite.codegen.row_norms
+import rewrite.codegen.scaled
 import rewrite.codegen.segmented  # noqa: F401  (they define torch.ops.rewrite)
 from rewrite.passes.pattern import Op
 

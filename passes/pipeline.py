@@ -20,7 +20,7 @@ from rewrite.passes.canonical import CANONICAL
 from rewrite.passes.coarse import coarse
 from rewrite.passes.dump import dump, program
 from rewrite.passes.factor import FACTOR, OPEN, ROWS, note_dense, sweep
-from rewrite.passes.fuse import FUSE, branch
+from rewrite.passes.fuse import FUSE, branch, fuse_scale
 from rewrite.passes.insert import insert, is_typed
 from rewrite.passes.loss import LOSS
 from rewrite.passes.operators import add, decode, inserted
@@ -47,7 +47,7 @@ PIPELINE = (
     Pass("canonical", CANONICAL),
     Pass("factor", (*OPEN, FACTOR, *ROWS)),
     Pass("batch", BATCH),
-    Pass("fuse", (*FUSE, *SEGMENT)),
+    Pass("fuse", (*FUSE, *SEGMENT, fuse_scale)),
     Pass("loss", LOSS),
 )
 

@@ -241,7 +241,7 @@ def linear(
     out = x.new_empty(parts, M, total, dtype=torch.float32) if parts > 1 else h
     kernel.launch(x, A, seed, out, M=M, chunk=chunk)
     if parts > 1:
-        sum_of_parts(1, 1.0, x.dtype).launch(out, h, count0=parts, elements0=M * total)
+        sum_of_parts((1.0,), x.dtype).launch(out, h, count0=parts, elements0=M * total)
     return h
 
 
@@ -271,7 +271,7 @@ def gradient(
     if M == 0:
         return dA.zero_()
     kernel.launch(dh, x, seed, sums, M=M, chunk=chunk)
-    sum_of_parts(1, 1.0, x.dtype).launch(sums, dA, count0=parts, elements0=total * K)
+    sum_of_parts((1.0,), x.dtype).launch(sums, dA, count0=parts, elements0=total * K)
     return dA
 
 

@@ -1,4 +1,4 @@
-"""Gradients of a low-rank branch on a GPU: both from one read of dy, and the same bits in every run."""
+"""Gradients of a low-rank branch on a GPU: all from one read of dy, and the same bits in every run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from rewrite.codegen.kernels import plans
 from rewrite.codegen.kernels.kernel import Config, Kernel, precision, triton_type
-from rewrite.codegen.kernels.products import HALVES, NARROW, padded, row_stride
+from rewrite.codegen.kernels.products import HALVES, NARROW, TINY, padded, row_stride
 from rewrite.codegen.kernels.target import Target, multiprocessors, unusable
 
 Tensor = torch.Tensor
@@ -20,7 +20,8 @@ Tensor = torch.Tensor
 class LowRankGradients(Kernel):
     """dh_parts[j] = dy_j B_j and dB_parts[i] = dy_i' h_i, for the blocks of columns j and of rows i of dy
 
-    No atomics: every program stores parts of its own, which `SumOfParts` adds up in order.
+    Where it is `scaled`, of `out = (y + h B') * d`: dh and dB of dy * d, which is stored too, and the gradient of d,
+    dd_parts[i] = sum_i dy out / d.  No atomics: every program has parts of its own, and `SumOfParts` adds in order.
     """
 
     N: int
@@ -31,6 +32,7 @@ class LowRankGradients(Kernel):
     h_row: int
     B_row: int
     dtype: torch.dtype
+    scaled: bool = False
 
     name = "low_rank_gradients"
     applies = "dh and dB of a branch, where dy is too large for the L2 cache"
@@ -40,24 +42,29 @@ class LowRankGradients(Kernel):
     def supports(self) -> str | None:
         if self.dtype not in HALVES:
             return f"{str(self.dtype).removeprefix('torch.')}: cuBLAS is faster"
-        if self.rank > NARROW or 0 in (self.rank, self.N):
-            return f"rank {self.rank}, not in 1 ... {NARROW}"
+        most = NARROW // 2 if self.scaled else NARROW  # beyond, registers spill
+        if self.rank > most or 0 in (self.rank, self.N):
+            return f"rank {self.rank}, not in 1 ... {most}"
         return None
 
     def arguments(self) -> Mapping[str, str]:
         of = f"*{triton_type(self.dtype)}"
-        parts = {"dh_parts": "*fp32", "dB_parts": "*fp32"}
-        return {"dy": of, "h": of, "B": of, **parts, "M": "i32", "chunk": "i32"}
+        scale = {"out": of, "d": of, "scaled_dy": of} if self.scaled else {}
+        parts = {"dh_parts": "*fp32", "dB_parts": "*fp32"} | ({"dd_parts": "*fp32"} if self.scaled else {})
+        return {"dy": of, **scale, "h": of, "B": of, **parts, "M": "i32", "chunk": "i32"}
 
     def names(self) -> dict[str, Any]:
-        return {**super().names(), "padded": padded(self.rank), "precision": precision(self.dtype)}
+        return {**super().names(), "padded": padded(self.rank), "precision": precision(self.dtype), "tiny": TINY}
 
     def space(self, target: Target) -> Sequence[Config]:
+        if self.scaled:
+            wide = [Config.of(warps=8, stages=2, BLOCK_M=64)] if target.capability >= 90 else []
+            return [*wide, Config.of(warps=8, stages=3, BLOCK_M=32)]
         return [Config.of(warps=8, stages=3, BLOCK_M=64), Config.of(warps=8, stages=3, BLOCK_M=32)]
 
     def shared(self, config: Config) -> int:
         rows, width, rank = config["BLOCK_M"], self.width, padded(self.rank)
-        loop = config.stages * rows * (width + rank) + width * rank
+        loop = config.stages * rows * (width * (1 + self.scaled) + rank) + width * rank
         return loop * self.dtype.itemsize + rows * rank * 4
 
     def grid(self, config: Config, **sizes: int) -> tuple[int, ...]:
@@ -66,10 +73,9 @@ class LowRankGradients(Kernel):
 
 @dataclass(frozen=True)
 class SumOfParts(Kernel):
-    """out = scale * (parts[0] + parts[1] + ...), in float32 and always in this order, for one or two outputs"""
+    """out = scale * (parts[0] + parts[1] + ...), in float32 and always in this order, for each of a few outputs"""
 
-    sums: int
-    scale: float
+    scales: tuple[float, ...]
     dtype: torch.dtype
 
     name = "sum_of_parts"
@@ -80,7 +86,7 @@ class SumOfParts(Kernel):
         return None
 
     def arguments(self) -> Mapping[str, str]:
-        out, each = f"*{triton_type(self.dtype)}", range(self.sums)
+        out, each = f"*{triton_type(self.dtype)}", range(len(self.scales))
         tensors = {name + str(i): of for i in each for name, of in (("parts", "*fp32"), ("out", out))}
         return {**tensors, **{f"{name}{i}": "i32" for i in each for name in ("count", "elements")}}
 
@@ -88,13 +94,13 @@ class SumOfParts(Kernel):
         return [Config.of(warps=4, stages=1, BLOCK=256)]
 
     def grid(self, config: Config, **sizes: int) -> tuple[int, ...]:
-        return (sum(-(-sizes[f"elements{i}"] // config["BLOCK"]) for i in range(self.sums)),)
+        return (sum(-(-sizes[f"elements{i}"] // config["BLOCK"]) for i in range(len(self.scales))),)
 
 
 @plans.kept
-def sum_of_parts(sums: int, scale: float, dtype: torch.dtype) -> SumOfParts:
+def sum_of_parts(scales: tuple[float, ...], dtype: torch.dtype) -> SumOfParts:
     """The kernel that adds up parts."""
-    return SumOfParts(sums, scale, dtype)
+    return SumOfParts(scales, dtype)
 
 
 STEP = 64
@@ -113,10 +119,12 @@ class Split:
         return -(-N // self.width), -(-M // self.chunk)
 
     @classmethod
-    def of(cls, M: int, N: int, rank: int, programs: int) -> Split:
+    def of(cls, M: int, N: int, rank: int, programs: int, scaled: bool = False) -> Split:
         """The split that keeps so many programs busy and stores the fewest parts."""
+        widest = 256 if scaled else 512  # out is read as well as dy
+        widths = (width for width in (512, 256, 128) if width <= widest and width * padded(rank) <= widest * 32)
         return min(
-            (cls._wide(M, N, width, programs) for width in (512, 256, 128) if width * padded(rank) <= 512 * 32),
+            (cls._wide(M, N, width, programs) for width in widths),
             key=lambda split: split.traffic(M, N, rank),
         )
 
@@ -131,10 +139,10 @@ class Split:
         return 8 * rank * (M * columns + N * rows)
 
 
-def kernel_of(dy: Tensor, h: Tensor, B: Tensor, split: Split) -> LowRankGradients:
+def kernel_of(dy: Tensor, h: Tensor, B: Tensor, split: Split, scaled: bool = False) -> LowRankGradients:
     """The kernel for matrices dy (M, N), h (M, r) and B (N, r), the elements of a row side by side."""
     return LowRankGradients(
-        dy.shape[1], h.shape[1], split.width, row_stride(dy), row_stride(h), row_stride(B), dy.dtype
+        dy.shape[1], h.shape[1], split.width, row_stride(dy), row_stride(h), row_stride(B), dy.dtype, scaled
     )
 
 
@@ -143,17 +151,19 @@ LARGE = 4 << 20
 
 
 @plans.by_layout
-def supports(dy: Tensor, h: Tensor, B: Tensor) -> str | None:
-    """Why two products are taken instead, or None."""
+def supports(dy: Tensor, h: Tensor, B: Tensor, scaled: tuple[Tensor, Tensor] | None = None) -> str | None:
+    """Why PyTorch's operators are taken instead, or None; `scaled`: the output and its scale, (M, N) and (N,)."""
     if reason := unusable(dy.device):
         return reason
-    if any(t.dtype != dy.dtype for t in (h, B)):
+    if any(t.dtype != dy.dtype for t in (h, B, *(scaled or ()))):
         return "operands of several dtypes"
-    if any(t.shape[1] > 1 and t.stride(1) != 1 for t in (dy, h, B)):
+    if any(t.shape[-1] > 1 and t.stride(-1) != 1 for t in (dy, h, B, *(scaled or ()))):
         return "rows with gaps between their elements"
     (M, N), rank = dy.shape, h.shape[1]
-    if (reason := kernel_of(dy, h, B, Split(128, STEP)).supports()) is not None:
+    if (reason := kernel_of(dy, h, B, Split(128, STEP), scaled is not None).supports()) is not None:
         return reason
+    if scaled:  # five passes and more over dy are saved, more than the parts of such ranks ever take
+        return None
     if dy.nbytes < LARGE:
         return f"dy of {dy.nbytes:,} bytes"
     split = Split.of(M, N, rank, multiprocessors(dy.device))
@@ -163,10 +173,12 @@ def supports(dy: Tensor, h: Tensor, B: Tensor) -> str | None:
 
 
 @plans.by_layout
-def _plan(dy: Tensor, h: Tensor, B: Tensor, split: Split | None) -> tuple[LowRankGradients, Split]:
+def _plan(
+    dy: Tensor, h: Tensor, B: Tensor, split: Split | None, scaled: bool = False
+) -> tuple[LowRankGradients, Split]:
     (M, N), rank = dy.shape, h.shape[1]
-    split = split or Split.of(M, N, rank, multiprocessors(dy.device))
-    return kernel_of(dy, h, B, split), split
+    split = split or Split.of(M, N, rank, multiprocessors(dy.device), scaled)
+    return kernel_of(dy, h, B, split, scaled), split
 
 
 def low_rank_gradients(
@@ -180,10 +192,30 @@ def low_rank_gradients(
     dB_parts = dy.new_empty(rows, N, rank, dtype=torch.float32)
     kernel.launch(dy, h, B, dh_parts, dB_parts, M=M, chunk=split.chunk)
     dh, dB = dy.new_empty(M, rank), dy.new_empty(N, rank)
-    sum_of_parts(2, scale, dy.dtype).launch(
+    sum_of_parts((scale, scale), dy.dtype).launch(
         dh_parts, dh, dB_parts, dB, count0=columns, elements0=M * rank, count1=rows, elements1=N * rank
     )
     return dh, dB
+
+
+def scaled_gradients(
+    dy: Tensor, out: Tensor, h: Tensor, B: Tensor, scale: float, d: Tensor, split: Split | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of y, h, B and d in `out = (y + scale * h B') * d` from one read of dy and of out (M, N)."""
+    (M, N), rank = dy.shape, h.shape[1]
+    kernel, split = _plan(dy, h, B, split, True)
+    columns, rows = split.parts(M, N)
+    sizes, counts = ((M, rank), (N, rank), (N,)), (columns, rows, rows)
+    parts = [dy.new_empty(count, *size, dtype=torch.float32) for count, size in zip(counts, sizes, strict=True)]
+    scaled, *sums = (dy.new_empty(size) for size in ((M, N), *sizes))
+    kernel.launch(dy, out.contiguous(), d, scaled, h, B, *parts, M=M, chunk=split.chunk)
+    lengths = {
+        f"{name}{i}": n for i, t in enumerate(parts) for name, n in (("count", len(t)), ("elements", sums[i].numel()))
+    }
+    pairs = [t for pair in zip(parts, sums, strict=True) for t in pair]
+    sum_of_parts((scale, scale, 1.0), dy.dtype).launch(*pairs, config=None, **lengths)
+    dh, dB, dd = sums
+    return scaled, dh, dB, dd
 
 
 EXAMPLES = (
@@ -192,6 +224,11 @@ EXAMPLES = (
         for N, rank in ((1024, 16), (4096, 8), (4096, 32), (14336, 16), (14336, 64))
     ),
     LowRankGradients(1024, 16, 256, 6144, 48, 16, torch.float16),  # a slice of dy of fused q, k and v
-    SumOfParts(2, 2.0, torch.bfloat16),
-    SumOfParts(1, 1.0, torch.bfloat16),
+    *(
+        LowRankGradients(N, rank, Split.of(8192, N, rank, 132, True).width, N, rank, rank, torch.bfloat16, scaled=True)
+        for N, rank in ((1024, 16), (4096, 8), (4096, 32), (14336, 64))
+    ),
+    SumOfParts((2.0, 2.0), torch.bfloat16),
+    SumOfParts((2.0, 2.0, 1.0), torch.bfloat16),
+    SumOfParts((1.0,), torch.bfloat16),
 )

@@ -20,9 +20,9 @@ EFFICIENCY = 0.85
 
 
 class Sum:
-    """`sum of scale_i * a_i b_i + bias`: a_i (M, k_i), b_i (k_i, width) in the columns from start_i on, of N.
+    """`(given + sum of scale_i * a_i b_i) * factor + bias`: a_i (M, k_i), b_i (k_i, width) in columns from start_i on.
 
-    The first product has all columns.
+    The first product has all N columns; given (M, N) and factor (N,) are for the kernel alone.
     """
 
     def __init__(
@@ -32,24 +32,31 @@ class Sum:
         scale: Sequence[float],
         start: Sequence[int],
         bias: Tensor | None = None,
+        given: Tensor | None = None,
+        factor: Tensor | None = None,
     ) -> None:
         self.a = [t if t.shape[1] == 1 or t.stride(1) == 1 else t.contiguous() for t in a]
         self.b, self.scale, self.start, self.bias = list(b), scale, start, bias
+        self.given, self.factor = None if given is None else given.contiguous(), factor
         self.M, self.N = a[0].shape[0], b[0].shape[1]
 
+    @property
+    def others(self) -> list[Tensor]:
+        """What is not an operand of a product, in the kernel's order."""
+        return [t for t in (self.given, self.factor, self.bias) if t is not None]
+
     def kernel(self) -> SumOfProducts:
-        return _kernel(self.a, self.b, self.scale, self.start, self.bias is not None)
+        return _kernel(self.a, self.b, self.scale, self.start, self.given, self.factor, self.bias)
 
     def supports(self) -> str | None:
         """Why there is no kernel for this sum, or None."""
-        return _unsupported(self.a, self.b, self.scale, self.start, self.bias)
+        return _unsupported(self.a, self.b, self.scale, self.start, self.given, self.factor, self.bias)
 
     def fused(self, out: Tensor) -> None:
         """By the kernel, into out (M, N), contiguous."""
         kernel = self.kernel()
-        bias = [] if self.bias is None else [self.bias]
         pairs = [t for pair in zip(self.a, self.b, strict=True) for t in pair]
-        kernel.launch(*pairs, *bias, out, *kernel.lengths.values(), M=self.M)
+        kernel.launch(*pairs, *self.others, out, *kernel.lengths.values(), M=self.M)
 
     def accumulated(self, out: Tensor) -> None:
         """By cuBLAS: the first product, then each of the others added in place."""
@@ -80,24 +87,25 @@ class Sum:
 
 @plans.by_layout
 def _kernel(
-    a: Sequence[Tensor], b: Sequence[Tensor], scale: Sequence[float], start: Sequence[int], bias: bool
+    a: Sequence[Tensor], b: Sequence[Tensor], scale: Sequence[float], start: Sequence[int], *others: Tensor | None
 ) -> SumOfProducts:
     N = b[0].shape[1]
     widths = [bi.shape[1] if bi.shape[1] < N else 0 for bi in b]
-    return SumOfProducts(N, tuple(map(Term.of, a, b, scale, start, widths)), bias, a[0].dtype)
+    given, factor, bias = (t is not None for t in others)
+    return SumOfProducts(N, tuple(map(Term.of, a, b, scale, start, widths)), bias, a[0].dtype, given, factor)
 
 
 @plans.by_layout
 def _unsupported(
-    a: Sequence[Tensor], b: Sequence[Tensor], scale: Sequence[float], start: Sequence[int], bias: Tensor | None
+    a: Sequence[Tensor], b: Sequence[Tensor], scale: Sequence[float], start: Sequence[int], *others: Tensor | None
 ) -> str | None:
     if reason := unusable(a[0].device):
         return reason
-    if any(t.dtype != a[0].dtype for t in (*a, *b)) or (bias is not None and bias.dtype != a[0].dtype):
+    if any(t is not None and t.dtype != a[0].dtype for t in (*a, *b, *others)):
         return "operands of several dtypes"
     if a[0].shape[0] == 0:
         return "no rows"
-    return _kernel(a, b, scale, start, bias is not None).supports()
+    return _kernel(a, b, scale, start, *others).supports()
 
 
 def into(out: Tensor, total: Sum) -> None:

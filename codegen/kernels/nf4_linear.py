@@ -244,7 +244,7 @@ def _fused(kernel: Nf4Linear, x: Tensor, weight: Sequence[Tensor], extra: Sequen
     parts = out if kernel.splits == 1 else x.new_empty(kernel.splits, M, kernel.width, dtype=torch.float32)
     kernel.launch(rows, *weight, *extra, parts, M=M, chunks=chunks)
     if kernel.splits > 1:
-        sum_of_parts(1, 1.0, x.dtype).launch(parts, out, count0=kernel.splits, elements0=out.numel())
+        sum_of_parts((1.0,), x.dtype).launch(parts, out, count0=kernel.splits, elements0=out.numel())
     return out
 
 

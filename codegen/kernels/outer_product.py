@@ -103,7 +103,7 @@ class OuterProduct(Kernel):
         if self.parts == 1:
             return out[0]
         whole = torch.empty(shape, dtype=x.dtype, device=x.device)
-        sum_of_parts(1, 1.0, x.dtype).launch(out, whole, count0=self.parts, elements0=whole.numel())
+        sum_of_parts((1.0,), x.dtype).launch(out, whole, count0=self.parts, elements0=whole.numel())
         return whole
 
 

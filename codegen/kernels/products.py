@@ -15,6 +15,8 @@ from rewrite.codegen.kernels.target import Target
 NARROW = 128
 """The longest contraction that is one step of `tl.dot`; what is longer is a loop."""
 HALVES = torch.bfloat16, torch.float16
+TINY = 2.0**-64
+"""What stands for a factor of 0: the sum is next to nothing then, and can still be had back from the output."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,18 @@ def row_stride(a: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class SumOfProducts(Kernel):
-    """y = a_0 b_0 + scale_1 a_1 b_1 + ... + bias, summed in float32 and rounded once
+    """y = (a_0 b_0 + scale_1 a_1 b_1 + ... + given) * factor + bias, summed in float32 and rounded once
 
-    Short contractions (the ranks of branches) come first and fill the accumulator, then the long ones run as loops.
+    Short contractions (the ranks of branches) come first and fill the accumulator, then the long ones run as loops;
+    `given` (M, N) is a sum so far, `factor` (N,) that of each column.
     """
 
     N: int
     terms: tuple[Term, ...]
     bias: bool
     dtype: torch.dtype
+    given: bool = False
+    factor: bool = False
 
     name = "sum_of_products"
     applies = "adapted layers and their input gradients, where one pass over the output beats cuBLAS and addmm_"
@@ -94,8 +99,8 @@ class SumOfProducts(Kernel):
     def arguments(self) -> Mapping[str, str]:
         of = f"*{triton_type(self.dtype)}"
         operands = {f"{name}{i}": of for i in range(len(self.terms)) for name in "ab"}
-        bias = {"bias": of} if self.bias else {}
-        return {**operands, **bias, "out": of, **dict.fromkeys(self.lengths, "i32"), "M": "i32"}
+        optional = dict.fromkeys((name for name in ("given", "factor", "bias") if getattr(self, name)), of)
+        return {**operands, **optional, "out": of, **dict.fromkeys(self.lengths, "i32"), "M": "i32"}
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -107,9 +112,12 @@ class SumOfProducts(Kernel):
         narrow = [(i, term) for i, term in indexed if term.size <= NARROW]
         wide = [(i, term) for i, term in indexed if term.size > NARROW]
         ratios = dict(zip((i for i, _ in narrow), horner([term for _, term in narrow]), strict=True))
-        return {**super().names(), "narrow": narrow, "wide": wide, "ratios": ratios, "precision": precision(self.dtype)}
+        terms = {"narrow": narrow, "wide": wide, "ratios": ratios}
+        return {**super().names(), **terms, "precision": precision(self.dtype), "tiny": TINY}
 
     def space(self, target: Target) -> Sequence[Config]:
+        if not self.lengths:  # a pass over memory
+            return [Config.of(4, 1, BLOCK_M=64, BLOCK_N=128), Config.of(4, 1, BLOCK_M=32, BLOCK_N=64)]
         if target.capability >= 90:
             return [
                 Config.of(warps=8, stages=3, BLOCK_M=128, BLOCK_N=256, BLOCK_K=64),
@@ -124,8 +132,8 @@ class SumOfProducts(Kernel):
         ]
 
     def shared(self, config: Config) -> int:
-        m, n, k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
-        loop = (m + n) * k * config.stages if any(term.size > NARROW for term in self.terms) else 0
+        m, n = config["BLOCK_M"], config["BLOCK_N"]
+        loop = (m + n) * config["BLOCK_K"] * config.stages if self.lengths else 0
         branch = max((m + n) * term.padded if term.size <= NARROW else 0 for term in self.terms)
         return max(loop + branch, m * n) * self.dtype.itemsize
 
@@ -157,6 +165,10 @@ def _examples() -> tuple[SumOfProducts, ...]:
         ),
         SumOfProducts(1024, (half, Term(16, 16, 1, 16, scale=2.0)), False, torch.float16),
         SumOfProducts(4096, (kv, kv, Term(32, 32, 4096, 1)), False, bf16),  # dx of k and v: dy W + dh A
+        *(
+            SumOfProducts(N, (Term(rank, rank, 1, rank, 2.0),), False, bf16, given=True, factor=True)
+            for N, rank in ((4096, 16), (1024, 64))
+        ),
     )
 
 

@@ -27,7 +27,9 @@ def compiled(spec: str, d_in: int, d_out: int, bias: bool) -> tuple[nn.Module, s
 @pytest.mark.parametrize(("d_in", "d_out"), [(24, 10), (10, 24)])
 def test_a_layer_stated_anew_is_fused_and_not_batched_with_its_factors(d_in, d_out, bias):
     _, program = compiled("dora(r=3)@linear", d_in, d_out, bias)
-    assert "adapted_linear(" in program
+    assert program.count("scaled_linear(") == 1
+    assert "adapted_linear(" not in program
+    assert "mul(" not in program
     assert "cat(" not in program
     assert program.count("adapted_row_norms(") == 1
 
@@ -36,4 +38,4 @@ def test_a_layer_stated_anew_is_fused_and_not_batched_with_its_factors(d_in, d_o
 def test_a_stored_weight_is_not_decoded_in_the_graph(bias):
     _, program = compiled("dora(r=3)@linear + nf4@linear", 64, 10, bias)
     assert "decode(" not in program
-    assert program.count("adapted_row_norms(") == program.count("adapted_linear(") == 1
+    assert program.count("adapted_row_norms(") == program.count("scaled_linear(") == 1
