@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from rewrite.codegen.storage import layout as parse_layout
-from rewrite.codegen.tensors import wide_dtype
+from rewrite.codegen.tensors import no_autocast, wide_dtype
 from rewrite.codegen.workspace import register_workspace
 
 Tensor = torch.Tensor
@@ -37,7 +37,8 @@ def adapted_row_norms(
     wide = wide_dtype(W.dtype)
     low, A, B = A.to(W.dtype), A.to(W.dtype).to(wide), B.to(W.dtype).to(wide) * scale
     squares = torch.linalg.vector_norm(W, dim=-1, dtype=wide).square() if squares is None else squares
-    update = 2 * (W @ low.t()).to(wide) + B @ (A @ A.t())
+    with no_autocast(W):
+        update = 2 * (W @ low.t()).to(wide) + B @ (A @ A.t())
     return (squares + (update * B).sum(-1)).clamp(min=0).sqrt()
 
 
@@ -71,9 +72,10 @@ def _backward(ctx, dn):
     low_A, low_B = A.to(W.dtype), B.to(W.dtype)
     wide_A, wide_B = low_A.to(wide), low_B.to(wide) * ctx.scale
     c = torch.where(norms > 0, dn / norms, 0.0)[:, None] * ctx.scale
-    dB = c * ((W @ low_A.t()).to(wide) + wide_B @ (wide_A @ wide_A.t()))
     weighted = c * low_B.to(wide)
-    dA = (weighted.to(W.dtype).t() @ W).to(wide) + (weighted.t() @ wide_B) @ wide_A
+    with no_autocast(W):
+        dB = c * ((W @ low_A.t()).to(wide) + wide_B @ (wide_A @ wide_A.t()))
+        dA = (weighted.to(W.dtype).t() @ W).to(wide) + (weighted.t() @ wide_B) @ wide_A
     return [None] * len(weight), None, dA.to(A.dtype), dB.to(B.dtype), None, None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 Tensor = torch.Tensor
@@ -45,3 +47,13 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 def autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor in that dtype, as autocast casts: what is floating point, but not float64."""
     return t.to(dtype) if t.is_floating_point() and t.dtype not in (dtype, torch.float64) else t
+
+
+def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Where products are of the dtypes that they are given, on the device of x.
+
+    Autocast reaches into operators, below autograd, and keeps what it casts there: a parameter that it has cast in one
+    would be cast without a derivative for all that follow.
+    """
+    off = autocast_dtype(x) is None
+    return contextlib.nullcontext() if off else torch.autocast(x.device.type, enabled=False)
