@@ -1,17 +1,13 @@
 """A low-rank branch and a scale of every output, after a base product: DoRA's magnitudes, IA3's factors.
 
-- `rewrite::scaled_linear(x, weight, layout, h, B, scale, start, d)`   `(x W' + s h B') * d`; traced through
-- `rewrite::scaled_branch(y, h, B, scale, d)`                          `(y + s h B') * d` in one pass over y
-- `rewrite::scaled_branch_gradients(dy, out, h, B, scale, d)`          all its gradients from one read of dy and out
+- `rewrite::scaled_branch(y, h, B, scale, d)`                       `(y + s h B') * d` in one pass over y
+- `rewrite::scaled_branch_gradients(dy, out, h, B, scale, d)`       all its gradients from one read of dy and of out
 
-Elsewhere than on a GPU, and for other dtypes and branches, `scaled_linear` is `adapted_linear(...) * d`, whose
-multiplication a compiler fuses with what follows.  What is kept for backward is the result: it may be kept for what
-follows as well, and `v = out / d` is as exact as v itself would be.
+What is kept for backward is the result: it may be kept for what follows as well, and `v = out / d` is as exact as a v
+that was rounded to be kept.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -19,15 +15,12 @@ from torch.utils.flop_counter import register_flop_formula
 from rewrite.codegen.below import define_below
 from rewrite.codegen.costs import register_flops_of_results
 from rewrite.codegen.kernels import gradients, linear
-from rewrite.codegen.kernels.products import NARROW, TINY
+from rewrite.codegen.kernels.products import TINY
 from rewrite.codegen.kernels.target import unusable
+from rewrite.codegen.tensors import as_rows, wide_dtype
 
 Tensor = torch.Tensor
 _lib = torch.library.Library("rewrite", "FRAGMENT")
-_lib.define(
-    "scaled_linear(Tensor x, Tensor[] weight, str layout, Tensor[] h, Tensor[] B, float[] scale, SymInt[] start,"
-    " Tensor d) -> Tensor"
-)
 _lib.define("scaled_branch(Tensor y, Tensor h, Tensor B, float scale, Tensor d) -> Tensor")
 _lib.define(
     "scaled_branch_gradients(Tensor dy, Tensor out, Tensor h, Tensor B, float scale, Tensor d)"
@@ -35,36 +28,19 @@ _lib.define(
 )
 
 
-def scaled_linear(
-    x: Tensor,
-    weight: Sequence[Tensor],
-    layout: str,
-    h: Sequence[Tensor],
-    B: Sequence[Tensor],
-    scale: Sequence[float],
-    start: Sequence[int],
-    d: Tensor,
-) -> Tensor:
-    """`adapted_linear(x, weight, layout, None, h, B, scale, start) * d`, d (d_out,)."""
-    if apart(x, h, B, start, d) is not None:
-        return torch.ops.rewrite.adapted_linear(x, weight, layout, None, h, B, scale, start) * d
-    y = torch.ops.rewrite.adapted_linear(x, weight, layout, None, [], [], [], [])
-    return torch.ops.rewrite.scaled_branch(y, h[0].to(y.dtype), B[0].to(y.dtype), scale[0], d)
+def apart(y: Tensor, h: Tensor, B: Tensor, d: Tensor, start: int = 0) -> str | None:
+    """Why `(y + h B') * d` should be a sum and a multiplication, or None: y (..., N) on a GPU, B from row `start` on.
 
-
-def apart(x: Tensor, h: Sequence[Tensor], B: Sequence[Tensor], start: Sequence[int], d: Tensor) -> str | None:
-    """Why the multiplication is an operator of its own, or None."""
-    if x.device.type != "cuda":
-        return f"on {x.device.type}, a compiler fuses it with what follows"
-    if reason := unusable(x.device):
+    Counted: the pass that adds the branch reads and writes y anyhow, and a multiplication apart costs nothing only
+    where a compiler fuses it with what follows; so forward decides nothing, backward does.
+    """
+    if reason := unusable(y.device):
         return reason
-    autocast = torch.is_autocast_enabled("cuda")
-    dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype
-    if dtype != torch.bfloat16 or d.dtype != dtype:  # the quotient out / d underflows in float16
-        return f"a product of {dtype} and a scale of {d.dtype}"
-    if len(h) != 1 or start[0] != 0 or B[0].shape[0] != d.shape[0]:
-        return f"{len(h)} branches, or one of a part of the outputs"
-    return f"rank {h[0].shape[-1]}, more than {NARROW}" if h[0].shape[-1] > NARROW else None
+    if y.dtype != torch.bfloat16 or d.dtype != y.dtype:  # in float16 the quotient out / d may underflow
+        return f"outputs of {y.dtype} and a scale of {d.dtype}, not both of bfloat16"
+    if start != 0 or B.shape[0] != y.shape[-1]:
+        return "its branch has a part of the outputs"
+    return gradients.too_wide(y.shape[-1], h.shape[-1], y.dtype)
 
 
 def divisible(d: Tensor) -> Tensor:
@@ -74,11 +50,11 @@ def divisible(d: Tensor) -> Tensor:
 
 def _branch(y: Tensor, h: Tensor, B: Tensor, scale: float, d: Tensor) -> Tensor:
     """y (..., N), h (..., r), B (N, r), d (N,) -> (..., N)."""
-    return torch.addmm(_rows(y), _rows(h), B.t(), alpha=scale).mul_(divisible(d)).view(y.shape)
+    return torch.addmm(as_rows(y), as_rows(h), B.t(), alpha=scale).mul_(divisible(d)).view(y.shape)
 
 
 def _branch_cuda(y: Tensor, h: Tensor, B: Tensor, scale: float, d: Tensor) -> Tensor:
-    total = linear.Sum([_rows(h)], [B.t()], [scale], [0], given=_rows(y), factor=d)
+    total = linear.Sum([as_rows(h)], [B.t()], [scale], [0], given=as_rows(y), factor=d)
     if total.supports() is not None:
         return _branch(y, h, B, scale, d)
     out = torch.empty_like(y, memory_format=torch.contiguous_format)
@@ -90,24 +66,20 @@ def _gradients(
     dy: Tensor, out: Tensor, h: Tensor, B: Tensor, scale: float, d: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of y, h, B and d in `scaled_branch`, from its result: dy and out (..., N)."""
-    rows, low, d = _rows(dy), _rows(h), divisible(d)
-    wide = torch.float32 if d.dtype.itemsize < 4 else d.dtype
-    dd = (rows * _rows(out)).sum(0, dtype=wide) / d
+    rows, low, d = as_rows(dy), as_rows(h), divisible(d)
+    wide = wide_dtype(d.dtype)
+    dd = (rows.to(wide) * as_rows(out).to(wide)).sum(0) / d
     scaled = rows * d
     dh, dB = scaled @ B, scaled.t() @ low
     return scaled.view(dy.shape), (dh * scale).view(h.shape), dB * scale, dd.to(d.dtype)
 
 
 def _gradients_cuda(dy, out, h, B, scale, d):
-    rows, low, kept = _rows(dy), _rows(h), _rows(out)
-    if gradients.supports(rows, low, B, (kept, d)) is not None:
+    rows, low, kept = as_rows(dy), as_rows(h), as_rows(out)
+    if gradients.unscaled(rows, low, B, kept, d) is not None:
         return _gradients(dy, out, h, B, scale, d)
     scaled, dh, dB, dd = gradients.scaled_gradients(rows, kept, low, B, scale, d)
     return scaled.view(dy.shape), dh.view(h.shape), dB, dd
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _setup(ctx, inputs, output):
@@ -129,7 +101,6 @@ def _gradients_fake(dy, out, h, B, scale, d):
     return dy.new_empty(dy.shape), dy.new_empty(h.shape), dy.new_empty(B.shape), dy.new_empty(d.shape)
 
 
-_lib.impl("scaled_linear", scaled_linear, "CompositeImplicitAutograd")
 _lib.impl("scaled_branch", _branch, "CompositeExplicitAutograd")
 _lib.impl("scaled_branch", _branch_cuda, "CUDA")
 _lib.impl("scaled_branch_gradients", _gradients, "CompositeExplicitAutograd")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from rewrite.codegen import scaled
 from rewrite.passes.builder import example
 from rewrite.passes.operators import (
     adapted_linear,
@@ -69,10 +70,13 @@ def fuse_branch(r, x, w, b, stored, layout, hs, Bs, scales, starts, h, s, B, pad
 
 
 def _fusible(mode: Any, c: Any, y: Any) -> bool:
-    """A branch, or a shift: one value per output, the same for every row."""
-    if c is not None:
-        return isinstance(c, fx.Proxy) and tuple(example(c.node).shape) == tuple(example(y).shape[-1:])
-    return mode in (None, "constant")
+    """A branch, or a shift."""
+    return mode in (None, "constant") if c is None else _of_outputs(c, example(y))
+
+
+def _of_outputs(c: Any, y: torch.Tensor) -> bool:
+    """One value per output, the same for every row."""
+    return isinstance(c, fx.Proxy) and tuple(example(c.node).shape) == tuple(y.shape[-1:])
 
 
 @rule(adapted_linear("x", "stored", "layout", "b", "hs", "Bs", "scales", "starts"))
@@ -107,13 +111,35 @@ def _slice(h: fx.Node, x: fx.Node) -> tuple[int, int] | None:
     return part[2], part[2] + part[3]
 
 
-@rule(mul(adapted_linear("x", "stored", "layout", "b", "hs", "Bs", "scales", "starts"), "d"))
-def fuse_scale(r, x, stored, layout, b, hs, Bs, scales, starts, d) -> Any:
-    """adapted_linear(x, w, h, B, s) * d  ->  scaled_linear(x, w, h, B, s, d)"""
-    y = example(r.origin)
-    if b is not None or not hs or not isinstance(d, fx.Proxy) or tuple(example(d.node).shape) != y.shape[-1:]:
+EPILOGUES = frozenset({"cuda"})
+"""Devices that scale outputs where they add a branch; on a CPU, Inductor multiplies along with what follows."""
+
+
+fused = adapted_linear("x", "stored", "layout", "b", "hs", "Bs", "scales", "starts")
+
+
+@rule(mul(any_of(fused, add("y", expand)), "d"))
+def fuse_scale(r, x, stored, layout, b, hs, Bs, scales, starts, y, h, s, B, d) -> Any:
+    """adapted_linear(x, w, b, h, B, s) * d  ->  scaled_branch(adapted_linear(x, w, b), h, B, s, d)"""
+    out = example(r.origin)
+    if out.device.type not in EPILOGUES or not inserted(r.origin) or not _of_outputs(d, out):
         return None
-    return torch.ops.rewrite.scaled_linear(x, stored, layout, hs, Bs, scales, starts, d)
+    if y is not None:  # something else reads the base product, too
+        h, s = (h * s, 1.0) if isinstance(s, fx.Proxy) else (h, 1.0 if s is None else float(s))
+        branches = [(h, B, s, 0)]
+    elif not (branches := list(zip(hs, Bs, scales, starts, strict=True))):
+        return None
+    factors = example(d.node)
+    reasons = [scaled.apart(out, example(h.node), example(B.node), factors, start) for h, B, _, start in branches]
+    if None not in reasons:
+        r.note(f"its scale is not fused: {reasons[-1]}")
+        return None
+    h, B, scale, _ = branches.pop(reasons.index(None))
+    if y is None:
+        rest = [list(column) for column in zip(*branches, strict=True)] or [[], [], [], []]
+        y = torch.ops.rewrite.adapted_linear(x, stored, layout, b, *rest)
+    h, B = (t if t.dtype == y.dtype else t.to(y.dtype) for t in (h, B))
+    return torch.ops.rewrite.scaled_branch(y, h, B, scale, d)
 
 
 FUSE = (fuse_norms, fuse_storage, fuse_branch, fuse_columns)

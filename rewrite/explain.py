@@ -27,7 +27,8 @@ from rewrite.runtime.regimes import trained
 from rewrite.runtime.switching import in_use
 from rewrite.table import duration, share, size, table
 
-FUSED, PLAIN = "rewrite.adapted_linear", "plain operators"
+FUSED, PLAIN = ("adapted_linear", "scaled_branch"), "plain operators"
+"""Operators that compute adapted modules, in the order in which they are applied."""
 
 
 class Explanation(str):
@@ -234,8 +235,8 @@ def _operators(record: GraphRecord, state: Attachment) -> list[str]:
             continue
         labels = ", ".join(dict.fromkeys(g.label for g in grafts))
         entered = all(g.where in ("tokens", "past", "side") for g in grafts)  # there is no product to fuse with
-        reason = reasons.get(site, "" if entered or site in fused | factored else "no rule for it")
-        op = PLAIN if site not in fused else f"{FUSED}, {PLAIN}" if reason else FUSED
+        reason = reasons.get(site, "" if entered or site in {*fused, *factored} else "no rule for it")
+        op = ", ".join(fused.get(site, ()) + ((PLAIN,) if reason or site not in fused else ()))
         serving[(op, f"{labels}: {reason}" if reason else labels)].append(path)
     rows = [("operator", "sites", "where", "what")]
     rows += [(op, str(len(paths)), summarise(paths), what) for (op, what), paths in serving.items()]
@@ -254,10 +255,13 @@ def _computed(state: Attachment) -> dict[str, list[Graft]]:
     return found
 
 
-def served_by(passes: Iterable[PassRecord]) -> set[str]:
-    """Paths of the modules that a fused operator computes."""
-    name = FUSED.rpartition(".")[2]
-    return {e.site for p in passes for e in p.edits if any(f"= {name}(" in line for line in e.added)}
+def served_by(passes: Iterable[PassRecord]) -> dict[str, tuple[str, ...]]:
+    """The fused operators that compute modules, by path."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for edit in (e for p in passes for e in p.edits):
+        if names := {name for name in FUSED if any(f"= {name}(" in line for line in edit.added)}:
+            found[edit.site] |= names
+    return {site: tuple(f"rewrite.{name}" for name in FUSED if name in names) for site, names in found.items()}
 
 
 def captured_as(paths: Collection[str], record: GraphRecord) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rewrite.codegen.kernels import plans
-from rewrite.codegen.kernels.kernel import Config, Kernel, precision, triton_type
+from rewrite.codegen.kernels.kernel import Config, Kernel, precision, tiles_of, triton_type
 from rewrite.codegen.kernels.products import HALVES, NARROW, TINY, padded, row_stride
 from rewrite.codegen.kernels.target import Target, multiprocessors, unusable
 
@@ -42,7 +42,7 @@ class LowRankGradients(Kernel):
     def supports(self) -> str | None:
         if self.dtype not in HALVES:
             return f"{str(self.dtype).removeprefix('torch.')}: cuBLAS is faster"
-        most = NARROW // 2 if self.scaled else NARROW  # beyond, registers spill
+        most = NARROW // 2 if self.scaled else NARROW  # where out is read too, registers spill beyond
         if self.rank > most or 0 in (self.rank, self.N):
             return f"rank {self.rank}, not in 1 ... {most}"
         return None
@@ -121,12 +121,8 @@ class Split:
     @classmethod
     def of(cls, M: int, N: int, rank: int, programs: int, scaled: bool = False) -> Split:
         """The split that keeps so many programs busy and stores the fewest parts."""
-        widest = 256 if scaled else 512  # out is read as well as dy
-        widths = (width for width in (512, 256, 128) if width <= widest and width * padded(rank) <= widest * 32)
-        return min(
-            (cls._wide(M, N, width, programs) for width in widths),
-            key=lambda split: split.traffic(M, N, rank),
-        )
+        splits = (cls._wide(M, N, width, programs) for width in _widths(rank, scaled))
+        return min(splits, key=lambda split: split.traffic(M, N, rank))
 
     @classmethod
     def _wide(cls, M: int, N: int, width: int, programs: int) -> Split:
@@ -137,6 +133,12 @@ class Split:
         """Bytes of the parts, written and read."""
         columns, rows = self.parts(M, N)
         return 8 * rank * (M * columns + N * rows)
+
+
+def _widths(rank: int, scaled: bool) -> list[int]:
+    """Columns of a program whose sums and operands fit its registers, the most first."""
+    widest = 256 if scaled else 512  # out is read as well as dy
+    return [width for width in (512, 256, 128) if width <= widest and width * padded(rank) <= widest * 32]
 
 
 def kernel_of(dy: Tensor, h: Tensor, B: Tensor, split: Split, scaled: bool = False) -> LowRankGradients:
@@ -151,25 +153,54 @@ LARGE = 4 << 20
 
 
 @plans.by_layout
-def supports(dy: Tensor, h: Tensor, B: Tensor, scaled: tuple[Tensor, Tensor] | None = None) -> str | None:
-    """Why PyTorch's operators are taken instead, or None; `scaled`: the output and its scale, (M, N) and (N,)."""
+def supports(dy: Tensor, h: Tensor, B: Tensor) -> str | None:
+    """Why PyTorch's operators are taken instead, or None."""
     if reason := unusable(dy.device):
         return reason
-    if any(t.dtype != dy.dtype for t in (h, B, *(scaled or ()))):
+    if any(t.dtype != dy.dtype for t in (h, B)):
         return "operands of several dtypes"
-    if any(t.shape[-1] > 1 and t.stride(-1) != 1 for t in (dy, h, B, *(scaled or ()))):
+    if any(t.shape[1] > 1 and t.stride(1) != 1 for t in (dy, h, B)):
         return "rows with gaps between their elements"
     (M, N), rank = dy.shape, h.shape[1]
-    if (reason := kernel_of(dy, h, B, Split(128, STEP), scaled is not None).supports()) is not None:
+    if (reason := kernel_of(dy, h, B, Split(128, STEP)).supports()) is not None:
         return reason
-    if scaled:  # five passes and more over dy are saved, more than the parts of such ranks ever take
-        return None
     if dy.nbytes < LARGE:
         return f"dy of {dy.nbytes:,} bytes"
     split = Split.of(M, N, rank, multiprocessors(dy.device))
-    if split.traffic(M, N, rank) > 0.75 * dy.nbytes:
+    if split.traffic(M, N, rank) > WORTH * dy.nbytes:
         return f"rank {rank}: the parts would take {split.traffic(M, N, rank):,} bytes beside a dy of {dy.nbytes:,}"
     return None
+
+
+WORTH = 0.75
+"""Of the bytes that reading at once saves, those that parts of sums may take instead."""
+
+
+@plans.kept
+def too_wide(N: int, rank: int, dtype: torch.dtype) -> str | None:
+    """Why the gradients of a branch and its scale should not come from one read of dy and of the output, or None.
+
+    Apart, dy and the output are read for the gradient of d, dy * d is written, and read for either product: five passes
+    over (M, N) where a compiler finds dy * d along with the sum.  The kernel reads two and writes one.  What it takes
+    instead are parts of dh, float32, written and read, a block of columns each.  Neither depends on M, of which a graph
+    has any: where there are few rows, everything is in the L2 cache and two launches are fewer.
+    """
+    if reason := LowRankGradients(N, rank, 128, N, rank, rank, dtype, scaled=True).supports():
+        return reason
+    parts, saved = 8 * rank * tiles_of(N, _widths(rank, scaled=True)[0]), 2 * N * dtype.itemsize
+    if parts > WORTH * saved:
+        return f"rank {rank}: parts of its gradients would take {parts:,} bytes a row to save {saved:,}"
+    return None
+
+
+@plans.by_layout
+def unscaled(dy: Tensor, h: Tensor, B: Tensor, out: Tensor, d: Tensor) -> str | None:
+    """Why PyTorch's operators compute the gradients of a branch and its scale, or None."""
+    if reason := unusable(dy.device):
+        return reason
+    if any(t.dtype != dy.dtype for t in (h, B, out, d)):
+        return "operands of several dtypes"
+    return "no rows" if not dy.shape[0] else too_wide(dy.shape[1], h.shape[1], dy.dtype)
 
 
 @plans.by_layout
@@ -203,12 +234,13 @@ def scaled_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of y, h, B and d in `out = (y + scale * h B') * d` from one read of dy and of out (M, N)."""
     (M, N), rank = dy.shape, h.shape[1]
+    dy, h, B = (t if t.shape[1] == 1 or t.stride(1) == 1 else t.contiguous() for t in (dy, h, B))
     kernel, split = _plan(dy, h, B, split, True)
     columns, rows = split.parts(M, N)
     sizes, counts = ((M, rank), (N, rank), (N,)), (columns, rows, rows)
     parts = [dy.new_empty(count, *size, dtype=torch.float32) for count, size in zip(counts, sizes, strict=True)]
     scaled, *sums = (dy.new_empty(size) for size in ((M, N), *sizes))
-    kernel.launch(dy, out.contiguous(), d, scaled, h, B, *parts, M=M, chunk=split.chunk)
+    kernel.launch(dy, out.contiguous(), d.contiguous(), scaled, h, B, *parts, M=M, chunk=split.chunk)
     lengths = {
         f"{name}{i}": n for i, t in enumerate(parts) for name, n in (("count", len(t)), ("elements", sums[i].numel()))
     }
@@ -226,7 +258,7 @@ EXAMPLES = (
     LowRankGradients(1024, 16, 256, 6144, 48, 16, torch.float16),  # a slice of dy of fused q, k and v
     *(
         LowRankGradients(N, rank, Split.of(8192, N, rank, 132, True).width, N, rank, rank, torch.bfloat16, scaled=True)
-        for N, rank in ((1024, 16), (4096, 8), (4096, 32), (14336, 64))
+        for N, rank in ((1024, 16), (4096, 8), (4096, 32), (14336, 48))
     ),
     SumOfParts((2.0, 2.0), torch.bfloat16),
     SumOfParts((2.0, 2.0, 1.0), torch.bfloat16),

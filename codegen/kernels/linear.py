@@ -36,8 +36,8 @@ class Sum:
         factor: Tensor | None = None,
     ) -> None:
         self.a = [t if t.shape[1] == 1 or t.stride(1) == 1 else t.contiguous() for t in a]
-        self.b, self.scale, self.start, self.bias = list(b), scale, start, bias
-        self.given, self.factor = None if given is None else given.contiguous(), factor
+        self.b, self.scale, self.start = list(b), scale, start
+        self.given, self.factor, self.bias = (t if t is None else t.contiguous() for t in (given, factor, bias))
         self.M, self.N = a[0].shape[0], b[0].shape[1]
 
     @property

@@ -167,7 +167,7 @@ def _examples() -> tuple[SumOfProducts, ...]:
         SumOfProducts(4096, (kv, kv, Term(32, 32, 4096, 1)), False, bf16),  # dx of k and v: dy W + dh A
         *(
             SumOfProducts(N, (Term(rank, rank, 1, rank, 2.0),), False, bf16, given=True, factor=True)
-            for N, rank in ((4096, 16), (1024, 64))
+            for N, rank in ((4096, 16), (1024, 48))
         ),
     )
 

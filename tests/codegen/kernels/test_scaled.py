@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rewrite.codegen import nf4, scaled
+from rewrite.codegen import scaled
 from rewrite.codegen.kernels import gradients, linear
 from rewrite.codegen.kernels.gradients import Split
 from rewrite.codegen.kernels.products import TINY
@@ -118,62 +118,66 @@ def test_a_scale_of_zero_has_a_gradient():
     torch.testing.assert_close(found, (y + h @ B.t()).sum(0), rtol=1e-12, atol=1e-12)
 
 
-def test_reasons():
-    def of(M: int, N: int, rank: int, dtype: torch.dtype = torch.bfloat16):
-        dy, h, B, out, d = (
-            torch.empty(s, dtype=dtype, device="meta") for s in ((M, N), (M, rank), (N, rank), (M, N), (N,))
-        )
-        return dy, h, B, (out, d)
+def test_rows_with_gaps_and_a_scale_in_steps(device):
+    dy, y, h, B, d = case((70, 130, 8), device)
+    out = BRANCH(y, h, B, 2.0, d)
+    gaps = [torch.stack([t, t + 1], -1)[..., 0] for t in (dy, out, h, B, d)]
+    assert all(t.stride(-1) == 2 for t in gaps)
+    dy_, out_, h_, B_, d_ = gaps
+    assert gradients.unscaled(dy_, h_, B_, out_, d_) is None
+    check_gradients(gradients.scaled_gradients(dy_, out_, h_, B_, 2.0, d_), dy, out, h, B, 2.0, d)
+    found = torch.empty_like(y)
+    linear.Sum([h_], [B.t()], [2.0], [0], given=y, factor=d_).fused(found)
+    check_branch(found, y, h, B, 2.0, d)
 
-    assert gradients.supports(*of(8192, 4096, 16)) is None
-    assert gradients.supports(*of(8, 4096, 16)) is None  # one launch in place of many
-    assert gradients.supports(*of(8192, 4096, 128)) == "rank 128, not in 1 ... 64"
-    assert gradients.supports(*of(20000, 130, 64)) is None
-    assert gradients.supports(*of(8192, 4096, 16, torch.float32)) == "float32: cuBLAS is faster"
-    dy, h, B, (out, d) = of(8192, 4096, 16)
-    assert gradients.supports(dy, h, B, (out, d.float())) == "operands of several dtypes"
+
+def test_when_gradients_are_left_to_pytorch():
+    def of(M: int, N: int, rank: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+        sizes = (M, N), (M, rank), (N, rank), (M, N), (N,)
+        return [torch.empty(s, dtype=dtype, device="meta") for s in sizes]
+
+    assert gradients.unscaled(*of(8192, 4096, 16)) is None
+    assert gradients.unscaled(*of(8, 4096, 16)) is None  # one launch in place of many
+    assert gradients.unscaled(*of(0, 4096, 16)) == "no rows"
+    assert gradients.unscaled(*of(8192, 4096, 128)) == "rank 128, not in 1 ... 64"
+    assert gradients.unscaled(*of(8192, 4096, 16, torch.float32)) == "float32: cuBLAS is faster"
+    dy, h, B, out, d = of(8192, 4096, 16)
+    assert gradients.unscaled(dy, h, B, out, d.float()) == "operands of several dtypes"
+
+
+@pytest.mark.parametrize("N", [1024, 4096, 14336])
+def test_a_rank_whose_parts_outweigh_the_reads_is_too_wide(N):
+    def bytes_of_parts(rank: int) -> int:  # of many rows
+        M = 1 << 20
+        return Split.of(M, N, rank, 132, scaled=True).traffic(M, N, rank) // M
+
+    saved = 2 * N * 2
+    for rank in (1, 8, 16, 32, 48):
+        assert gradients.too_wide(N, rank, torch.bfloat16) is None
+        assert bytes_of_parts(rank) < 0.8 * saved
+    expected = f"rank 64: parts of its gradients would take {N * 4:,} bytes a row to save {N * 4:,}"
+    assert gradients.too_wide(N, 64, torch.bfloat16) == expected
+    assert bytes_of_parts(64) >= saved
 
 
 def test_when_the_multiplication_stays_an_operator_of_its_own():
-    from torch._subclasses import FakeTensorMode
+    def why(dtype=torch.bfloat16, scale=torch.bfloat16, rank=8, rows=600, start=0):
+        y, h, B, d = (
+            torch.empty(s, dtype=t)
+            for s, t in (((3, 600), dtype), ((3, rank), dtype), ((rows, rank), dtype), ((600,), scale))
+        )
+        return scaled.apart(y, h, B, d, start)
 
-    def why(device="cuda", dtype=torch.bfloat16, branches=1, rank=8, rows=6, start=0):
-        x, d = torch.empty(3, 5, dtype=dtype, device=device), torch.empty(6, dtype=dtype, device=device)
-        h, B = (torch.empty(n, rank, dtype=dtype, device=device) for n in (3, rows))
-        return scaled.apart(x, [h] * branches, [B] * branches, [start] * branches, d)
-
-    with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scaled, "unusable", lambda device: None)
-        assert why() is None
-        assert why("cpu") == "on cpu, a compiler fuses it with what follows"
-        assert why(dtype=torch.float16) == "a product of torch.float16 and a scale of torch.float16"
-        assert why(branches=2) == why(rows=3).replace("1", "2") == "2 branches, or one of a part of the outputs"
-        assert why(rank=200) == "rank 200, more than 128"
-
-
-@pytest.mark.parametrize("stored", [False, True], ids=["dense", "nf4"])
-@pytest.mark.parametrize("shape", [(2, 9, 64), (1, 64), (0, 64)], ids=str)
-def test_a_layer(stored, shape, monkeypatch):
-    """On either way: `adapted_linear(...) * d` and its gradients."""
-    torch.manual_seed(5)
-    W = torch.randn(24, 64, dtype=torch.float64)
-    weight, layout = [W], "dense"
-    if stored:
-        weight, layout = list(nf4.quantize(W)), "nf4:float64:64:24x64"
-    leaves = [
-        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in (shape, (*shape[:-1], 3), (24, 3), (24,))
-    ]
-    results = []
-    for reason in (None, "apart"):
-        monkeypatch.setattr(scaled, "apart", lambda *_, reason=reason: reason)
-        x, h, B, d = leaves
-        out = torch.ops.rewrite.scaled_linear(x, weight, layout, [h], [B], [0.5], [0], d)
-        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
-    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+    assert why() is None
+    assert why(dtype=torch.float16) == "outputs of torch.float16 and a scale of torch.bfloat16, not both of bfloat16"
+    assert why(scale=torch.float32) == "outputs of torch.bfloat16 and a scale of torch.float32, not both of bfloat16"
+    assert why(rows=100) == why(rows=100, start=500) == "its branch has a part of the outputs"
+    assert why(rank=100) == "rank 100, not in 1 ... 64"
+    assert "to save 2,400" in why(rank=64)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sizes", [(4096, 4096, 16), (2048, 14336, 32), (4096, 1024, 64), (1, 4096, 8)], ids=str)
+@pytest.mark.parametrize("sizes", [(4096, 4096, 16), (2048, 14336, 32), (4096, 1024, 48), (1, 4096, 8)], ids=str)
 def test_on_a_gpu_at_the_sizes_of_models(sizes):
     dy, y, h, B, d = case(sizes, "cuda")
     out = BRANCH(y, h, B, 2.0, d)
