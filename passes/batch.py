@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from rewrite.passes.operators import add, dropout, inserted, linear, sub
+from rewrite.passes.operators import add, dropout, inserted, linear, mul, sub
 from rewrite.passes.pattern import Captures, Pattern
 from rewrite.passes.rule import rule
 
@@ -19,8 +19,8 @@ from rewrite.passes.rule import rule
 class Shrink(Pattern):
     """A down-projection of an adapter: `inner`, a `linear(x, A)` that `insert` made, without a bias, narrower than x.
 
-    Not the product of a layer that a method states anew, `W x + b` or `W x - ...`: W is no factor, and its copy beside
-    factors would be as large as it is.
+    Not the product of a layer that a method states anew, `W x + b` or `d W x + ...`: W is no factor, and its copy
+    beside factors would be as large as it is.
     """
 
     def __init__(self, inner: Pattern) -> None:
@@ -29,7 +29,7 @@ class Shrink(Pattern):
     def match(self, node: Any, captures: Captures, matched: list[fx.Node], root: bool = False) -> Captures | None:
         if not isinstance(node, fx.Node) or not inserted(node):
             return None
-        if any(add.arguments(user) or sub.arguments(user) for user in node.users):
+        if _is_summed(node):
             return None
         found = self.inner.match(node, captures, matched, root)
         if found is None or not isinstance(found["A"], fx.Node):
@@ -39,6 +39,13 @@ class Shrink(Pattern):
 
     def names(self) -> set[str]:
         return self.inner.names()
+
+
+def _is_summed(node: fx.Node) -> bool:
+    """Whether a value, itself or times something, is a term of a sum."""
+    return any(
+        add.arguments(user) or sub.arguments(user) or (mul.arguments(user) and _is_summed(user)) for user in node.users
+    )
 
 
 @rule(Shrink(linear("x", "A")), group="x")

@@ -107,16 +107,15 @@ def rewritten_branch(here: Here, factored: bool) -> Callable[..., Any]:
         W = W if W.dtype == x.dtype else W.to(x.dtype)
         base = Base(W, x, y if b is None else None)
         form = _as_form(method.weight(base, **named))
-        form = form if factored else Formed(form)
-        dropped = _dropped(method, x, training)
+        dropped, shift = _dropped(method, x, training), method.shifted(W, b, **named)
         if dropped is x:
-            shift = method.shifted(W, b, **named)
-            found = form.apply(x, layer)
+            found = (form if factored else Formed(form)).apply(x, layer)
             found = found if shift is None else found + shift.to(found.dtype)
         else:  # dropout is of the branch: of what the method adds to the base
-            found = y + form.apply(dropped, layer) - base.apply(dropped, layer)
-            shift = method.shifted(W, b, **named)
-            if shift is not None:
+            update, found = form.less(base), y
+            for term in (update if factored else Formed(update)).terms():
+                found = found + term.apply(dropped, layer)
+            if shift is not None and shift is not b:
                 found = found + (shift.to(found.dtype) if b is None else (shift - b).to(found.dtype))
         return _between(y, found, gate)
 

@@ -58,6 +58,12 @@ class Product(Form):
     def transpose(self) -> Form:
         return Product(self.right.T, self.left.T)
 
+    def less(self, base: Form) -> Form:
+        if not isinstance(self.left, Diagonal):
+            return super().less(base)
+        d = self.left.d  # d (base + update) - base, where base would be multiplied twice
+        return Sum((self.right.less(base).by_rows(d), Product(Diagonal(d - 1), base)))
+
     def squares(self) -> Any:
         if isinstance(self.left, Diagonal):
             return self.left.d.square() * self.right.squares()
@@ -82,6 +88,9 @@ class Scaled(Form):
 
     def gated(self, gate: Any) -> Form:
         return Scaled(self.form.gated(gate), self.factor)
+
+    def by_rows(self, d: Any) -> Form:
+        return Scaled(self.form.by_rows(d), self.factor)
 
     def add_to(self, W: Any, layer: LayerMap = LINEAR, rows: Rows | None = None, scale: float = 1.0) -> Any:
         return self.form.add_to(W, layer, rows, scale * self.factor)
@@ -165,6 +174,14 @@ class Sum(Form):
 
     def transpose(self) -> Form:
         return Sum(tuple(term.T for term in self.parts))
+
+    def less(self, base: Form) -> Form:
+        first, *rest = self.parts
+        if isinstance(first, Sum):
+            return Sum((first.less(base), *rest))
+        if first is not base:
+            return super().less(base)
+        return rest[0] if len(rest) == 1 else Sum(tuple(rest))
 
     def squares(self) -> Any:
         total = None

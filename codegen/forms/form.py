@@ -112,6 +112,14 @@ class Form:
         """The Euclidean norm of every row, (..., d_out)."""
         return self.squares().sqrt()
 
+    def less(self, base: Form) -> Form:
+        """This matrix less `base`, of which it was made: what rewriting a weight adds to it."""
+        return self - base
+
+    def by_rows(self, d: Any) -> Form:
+        """`diag(d) M`, d (..., d_out)."""
+        return Diagonal(d) @ self
+
     def map(self, change: Callable[[Any], Any]) -> Form:
         """The same form over changed tensors (cast, detached, moved)."""
         return type(self)(*(_changed(getattr(self, f.name), change) for f in fields(self)))  # type: ignore[arg-type]

@@ -83,6 +83,9 @@ class LowRank(Form):
     def spread(self, rows: Rows) -> Form:
         return replace(self, B=rows.put(self.B))
 
+    def by_rows(self, d: Any) -> Form:
+        return replace(self, B=self.B * d[..., :, None])
+
     def transpose(self) -> Form:
         core = self.core.transpose(-2, -1) if self.core is not None and self.core.ndim == 2 else self.core
         return LowRank(self.A.transpose(-2, -1), self.B.transpose(-2, -1), core, self.gate)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import sympy
 import torch
@@ -185,13 +187,16 @@ def test_row_norms_of_an_adapted_weight_form_nothing():
 
 
 class Shapes(TorchDispatchMode):
-    """Remembers the shape of everything that is computed, views aside."""
+    """Remembers the shape of everything that is computed, views aside, and by what products multiply, how often."""
 
     def __init__(self) -> None:
         super().__init__()
         self.made: set[tuple[int, ...]] = set()
+        self.products: Counter[tuple[int, ...]] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.default:
+            self.products[tuple(args[1].shape)] += 1
         result = func(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor) and not result._is_view():
             self.made.add(tuple(result.shape))
@@ -225,6 +230,26 @@ def test_the_base_is_a_tensor_where_it_must_be():
     assert_close(torch.softmax(Base(W), -1), torch.softmax(W, -1))
     assert_close(Base(W).abs(), W.abs())
     assert_close((Base(W) + Dense(W)).materialise(), 2 * W)
+
+
+def test_what_rewriting_adds_to_a_base_multiplies_it_once():
+    base, x, d = Base(matrix(OUTER, INNER)), matrix(4, INNER), Diagonal(matrix(OUTER))
+    core = LowRank(matrix(OUTER, RANK), matrix(RANK, INNER), matrix(RANK))
+    formed = Dense(matrix(OUTER, INNER))
+    for made, products in [
+        (base + low_rank() * 0.5, 0),
+        (d @ (base + low_rank() * 0.5), 1),
+        (d @ (base + core), 1),
+        (base + low_rank() + formed, 1),
+        (d @ (base + formed), 2),
+        (formed, 2),
+    ]:
+        update = made.less(base)
+        assert_close(update.materialise(), made.materialise() - base.W)
+        with Shapes() as shapes:
+            found = sum(term.apply(x) for term in update.terms())
+        assert_close(found, made.apply(x) - base.apply(x))
+        assert shapes.products[INNER, OUTER] == products
 
 
 def test_gates():

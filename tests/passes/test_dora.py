@@ -78,6 +78,34 @@ def test_on_a_cpu_the_scale_is_left_to_the_compiler():
 
 
 @pytest.mark.usefixtures("on_a_gpu", "whatever_dtype")
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("storage", ["", " + nf4@linear"], ids=["dense", "nf4"])
+def test_dropout_is_of_what_is_added_to_the_base(storage, bias):
+    """W x + (d - 1) W z + d s B A z for z = dropout(x), as HF PEFT has it, by two products with W."""
+    model = attached(f"dora(r=3, alpha=6, dropout=0.3)@linear{storage}", 64, 10, bias).train()
+    x, dy = batch(64), torch.randn(4, 5, 10, dtype=torch.float64)
+    layer = model[0]
+    A, B, m = (p for p in model.parameters() if p.requires_grad)
+    W, shift = layer.weight.detach(), layer.bias if bias else 0.0
+
+    def plain(x: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        dropped = torch.ops.rewrite.dropout(x, torch.ops.rewrite.draw(x), 0.3)
+        d = m / torch.linalg.vector_norm(W + 2 * B @ A, dim=-1).detach()
+        return x @ W.t() + (d - 1) * (dropped @ W.t()) + d * 2 * (dropped @ A.t() @ B.t()) + shift
+
+    def seeded(function):
+        return lambda x: (torch.manual_seed(7), function(x))[1]
+
+    expected = results(plain, x, model, dy)
+    for call in (model, model.forward):
+        torch.testing.assert_close(results(seeded(call), x, model, dy), expected, rtol=1e-9, atol=1e-9)
+    program = records_of(model)[-1].after
+    assert len(re.findall(r"linear\(\w+, \[?_0_(?:weight|parametrizations)", program)) == 2
+    assert "cat(" not in program
+
+
+@pytest.mark.usefixtures("on_a_gpu", "whatever_dtype")
 class TestTheScaleJoinsTheBranch:
     @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
     @pytest.mark.parametrize(
