@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 
-from rewrite.bind import bind
+from rewrite.bind import Bound, bind
 from rewrite.codegen.cpu import dropout as cpu_dropout
 from rewrite.codegen.routes import of_storage
 from rewrite.methods import registry
@@ -50,12 +50,16 @@ def explain(model: nn.Module) -> Explanation:
     state, held = attachment(model), holdings(model)
     if state is None:
         return Explanation(_without(model, held))
-    records = records_of(model)
+    records, bound = records_of(model), bind(parse(state.spec), registry())
     parts = [
         _head(model, state, held),
         _placements(state),
         _base(held),
-        _start(state) + _kernels(state, held) + _routes(state) + _regimes(model, state) + _use(model, state),
+        _start(state, bound)
+        + _kernels(state, bound, held)
+        + _routes(state)
+        + _regimes(model, state)
+        + _use(model, state),
     ]
     parts.append(_calls(model, state, records))
     parts += _graphs(records, state)
@@ -108,7 +112,7 @@ def _base(held: Sequence[Held]) -> list[str]:
     return table(rows, right={2, 3, 4})
 
 
-def _start(state: Attachment) -> list[str]:
+def _start(state: Attachment, bound: Sequence[Bound]) -> list[str]:
     """What the adapters do to the function before the first step, and what is not exact."""
     known = registry()
     moved = sorted({r["method"] for r in state.sites if r["method"] in known and not known[r["method"]].identity})
@@ -116,7 +120,6 @@ def _start(state: Attachment) -> list[str]:
     stored = dict.fromkeys(g.label for g in state.grafts if g.where == "storage")
     if stored:
         text += f"; {', '.join(stored)} rounds the weights that it stores"
-    bound = bind(parse(state.spec), known)
     rounding = [str(b.clause) for b in bound if b.method.rounds]
     if rounding:
         text += f"; {', '.join(rounding)} rounds what the backward reads, the forward is exact"
@@ -127,7 +130,7 @@ def _start(state: Attachment) -> list[str]:
 _PLACES = {"cpu": "the CPU", "cuda": "the GPU"}
 
 
-def _kernels(state: Attachment, held: Sequence[Held]) -> list[str]:
+def _kernels(state: Attachment, bound: Sequence[Bound], held: Sequence[Held]) -> list[str]:
     """What computes with stored weights and masks of dropout, and why not the faster way."""
     stored = {(h.storage, h.device) for h in held if h.base}
     names = dict.fromkeys(r["method"] for r, g in zip(state.sites, state.grafts, strict=True) if g.where == "storage")
@@ -137,7 +140,7 @@ def _kernels(state: Attachment, held: Sequence[Held]) -> list[str]:
         for device, place in _PLACES.items()
         if (name, device) in stored
     ]
-    drops = any(getattr(b.method, "dropout", 0.0) for b in bind(parse(state.spec), registry()))
+    drops = any(getattr(b.method, "dropout", 0.0) for b in bound)
     on_cpu = drops and any(device == "cpu" for _, device in stored)
     return [*lines, f"dropout on the CPU: {cpu_dropout.route()}"] if on_cpu else lines
 
