@@ -34,11 +34,11 @@ branch = any_of(expand, pad(expand, "padding", "mode"))
 base = any_of(linear("x", "w", "b"), adapted_linear("x", "stored", "layout", "b", "hs", "Bs", "scales", "starts"))
 
 
-@rule(adapted_row_norms("weight", "layout", "A", "B", "scale", "squares"))
-def fuse_norms(r: Any, weight: Any, layout: Any, A: Any, B: Any, scale: Any, squares: Any) -> Any:
+@rule(adapted_row_norms("weight", "layout", "A", "B", "scale"))
+def fuse_norms(r: Any, weight: Any, layout: Any, A: Any, B: Any, scale: Any) -> Any:
     """adapted_row_norms([decode(stored)], A, B, s)  ->  adapted_row_norms(stored, A, B, s)"""
     decoded = decode.arguments(weight[0].node) if layout == "dense" else None
-    return decoded and torch.ops.rewrite.adapted_row_norms(r.proxy(decoded[0]), decoded[1], A, B, scale, squares)
+    return decoded and torch.ops.rewrite.adapted_row_norms(r.proxy(decoded[0]), decoded[1], A, B, scale)
 
 
 @rule(linear("x", decode("stored", "layout"), "b"))

@@ -60,7 +60,7 @@ adapted_linear = Op(
 )
 adapted_row_norms = Op(
     "adapted_row_norms",
-    ("weight", "layout", "A", "B", "scale", "squares"),
+    ("weight", "layout", "A", "B", "scale"),
     torch.ops.rewrite.adapted_row_norms,
     torch.ops.rewrite.adapted_row_norms.default,
 )

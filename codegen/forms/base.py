@@ -80,4 +80,4 @@ class Adapted(Sum):
     def row_norms(self) -> Any:
         base, update = self.parts[0], self.low_rank
         assert isinstance(base, Base)
-        return torch.ops.rewrite.adapted_row_norms([base.W], "dense", update.A, update.left, self.scale, None)
+        return torch.ops.rewrite.adapted_row_norms([base.W], "dense", update.A, update.left, self.scale)

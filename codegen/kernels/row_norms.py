@@ -22,8 +22,7 @@ FULL = 120
 class RowNorms(Kernel):
     """norm_n = |W_n + s (B A)_n|, from |W|^2 + 2 s <W A', B> + s^2 <B (A A'), B> row by row
 
-    `row` is from row to row of W; `cached` is where |W|^2 is given, in float32.  With a `blocksize`, W is stored as NF4
-    and decoded on its way, to `dtype`.
+    `row` is from row to row of W.  With a `blocksize`, W is stored as NF4 and decoded on its way, to `dtype`.
     """
 
     N: int
@@ -31,7 +30,6 @@ class RowNorms(Kernel):
     rank: int
     scale: float
     row: int
-    cached: bool
     dtype: torch.dtype
     blocksize: int = 0
     nested: bool = False
@@ -59,7 +57,7 @@ class RowNorms(Kernel):
     def arguments(self) -> Mapping[str, str]:
         of = f"*{triton_type(self.dtype)}"
         weight = stored_types(self.nested) if self.blocksize else {"weight": of}
-        return {**weight, **({"squares": "*fp32"} if self.cached else {}), "A": of, "B": of, "out": "*fp32"}
+        return {**weight, "A": of, "B": of, "out": "*fp32"}
 
     def names(self) -> dict[str, Any]:
         weight = {torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}.get(self.dtype, "tl.float32")
@@ -83,9 +81,7 @@ class RowNorms(Kernel):
         return next((c for c in configs if self.grid(c)[0] >= FULL), configs[-1])
 
 
-def kernel_of(
-    weight: Sequence[Tensor], layout: str, A: Tensor, scale: float, squares: Tensor | None = None
-) -> RowNorms | str:
+def kernel_of(weight: Sequence[Tensor], layout: str, A: Tensor, scale: float) -> RowNorms | str:
     """The kernel for W (N, K), as stored tensors of `layout`, and A (r, K); or why there is none."""
     if reason := unusable(weight[0].device):
         return reason
@@ -94,30 +90,28 @@ def kernel_of(
         if W.ndim != 2 or W.stride(-1) != 1:
             return "a weight whose rows have gaps"
         N, K = W.shape
-        kernel = RowNorms(N, K, A.shape[0], scale, W.stride(0), squares is not None, W.dtype)
+        kernel = RowNorms(N, K, A.shape[0], scale, W.stride(0), W.dtype)
         return kernel.supports() or kernel
     known = storage.layout(layout)
     if not isinstance(known, storage.Nf4) or len(known.shape) != 2:
         return f"a weight that is stored as {layout}"
     N, K = known.shape
     stored = known.blocksize, len(weight) > 2
-    kernel = RowNorms(N, K, A.shape[0], scale, K, squares is not None, known.dtype, *stored)
+    kernel = RowNorms(N, K, A.shape[0], scale, K, known.dtype, *stored)
     return unreadable(weight, N * K, known.blocksize) or kernel.supports() or kernel
 
 
-def row_norms(
-    kernel: RowNorms, weight: Sequence[Tensor], A: Tensor, B: Tensor, squares: Tensor | None = None
-) -> Tensor:
-    """Launch: W (N, K) as it is stored, A (r, K), B (N, r) cast to W's dtype, squares (N,) float32 -> (N,) float32."""
+def row_norms(kernel: RowNorms, weight: Sequence[Tensor], A: Tensor, B: Tensor) -> Tensor:
+    """Launch: W (N, K) as it is stored, A (r, K), B (N, r) cast to W's dtype -> (N,) float32."""
     out = torch.empty(kernel.N, dtype=torch.float32, device=A.device)
     A, B = A.to(kernel.dtype).contiguous(), B.to(kernel.dtype).contiguous()
-    kernel.launch(*weight, *([] if squares is None else [squares.contiguous()]), A, B, out)
+    kernel.launch(*weight, A, B, out)
     return out
 
 
 EXAMPLES = (
-    RowNorms(4096, 4096, 16, 2.0, 4096, False, torch.bfloat16),
-    RowNorms(1024, 4096, 64, 1.0, 4096, True, torch.bfloat16),
-    RowNorms(4096, 14336, 16, 2.0, 14336, False, torch.float32),
-    RowNorms(4096, 4096, 16, 2.0, 4096, False, torch.bfloat16, 64, True),
+    RowNorms(4096, 4096, 16, 2.0, 4096, torch.bfloat16),
+    RowNorms(1024, 4096, 64, 1.0, 4096, torch.bfloat16),
+    RowNorms(4096, 14336, 16, 2.0, 14336, torch.float32),
+    RowNorms(4096, 4096, 16, 2.0, 4096, torch.bfloat16, 64, True),
 )
