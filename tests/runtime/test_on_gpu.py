@@ -57,6 +57,7 @@ def test_gradients_of_a_compiled_step(spec: str, tokens: int):
     _, exact = step(reference, reference.forward, {n: t.cpu() for n, t in inputs.items()})
     assert ours.keys() == eager.keys() == exact.keys()
     torch.testing.assert_close(found.loss, plain.loss, rtol=1e-2, atol=1e-2)
+    assert ("rewrite.scaled_branch" in rewrite.explain(model)) == ("dora" in spec)
     here, there = error(ours, exact), error(eager, exact)
     # A compiled step keeps other tensors in fp8 than eager does; each value that it keeps is off by at most 2^-4.
     more = 2**-4 if "fp8" in spec else 0.01
@@ -64,9 +65,7 @@ def test_gradients_of_a_compiled_step(spec: str, tokens: int):
     assert not worse
 
 
-@pytest.mark.parametrize(
-    "spec", ["lora(r=8, dropout=0.1)@linear-head", "lora(r=8, dropout=0.1)@linear-head + nf4(base)"]
-)
+@pytest.mark.parametrize("spec", [DROPOUT, f"{DROPOUT} + nf4(base)", "dora(r=8, dropout=0.1)@linear-head"])
 def test_dropout_follows_the_seed_and_changes_every_step(spec: str):
     model = build("llama", torch.bfloat16, **SIZES)
     model = disturb(rewrite.compile(model.train(), spec, dynamic=False), amount=0.05).cuda()
@@ -118,7 +117,7 @@ def test_rows_on_different_adapters(tokens: int):
     assert not {n: (here[n], there[n]) for n in here if not here[n] <= 1.5 * there[n] + 0.01}
 
 
-@pytest.mark.parametrize("spec", [SPECS["lora"], SPECS["qlora"]])
+@pytest.mark.parametrize("spec", [SPECS["lora"], SPECS["qlora"], SPECS["dora"]])
 def test_autocast(spec: str):
     model = build("llama", torch.float32, **SIZES)
     model = disturb(rewrite.compile(model, spec, dynamic=False), amount=0.02).cuda()
