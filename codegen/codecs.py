@@ -128,7 +128,8 @@ class Int8(Codec):
         return torch.bfloat16 if dtype.itemsize == 2 else torch.float32
 
     def scales(self, largest: Tensor, dtype: torch.dtype) -> Tensor:
-        return (largest / self.largest).to(self.scale_dtype(dtype))
+        # A product: by a number that is no tensor, CUDA and Inductor divide as a product with its reciprocal.
+        return (largest * (1 / self.largest)).to(self.scale_dtype(dtype))
 
     def factors(self, scales: Tensor, dtype: torch.dtype) -> Tensor:
         wide = scales.to(dtype)

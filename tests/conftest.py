@@ -22,6 +22,34 @@ TESTS = Path(__file__).resolve().parent
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write tests/golden anew")
+    parser.addoption("--failures", metavar="FILE", help="write a line for every failure as it comes, and a count")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--failures")
+    if path and not hasattr(config, "workerinput"):  # one file, whichever process a test runs in
+        config.pluginmanager.register(Failures(Path(path)))
+
+
+class Failures:
+    """What failed, on disk at once: pytest says it at the end, which a run that is cut off has not."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path.open("w", encoding="utf-8", buffering=1)
+        self.ended = 0
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.ended += report.when == "call"
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            lines = (crash.message if crash else str(report.longrepr)).strip().splitlines()
+            seconds = f"{report.duration:.1f} s, test {self.ended}"
+            self.file.write(f"{report.nodeid} ({report.when}, {seconds}): {' | '.join(lines[:4])}\n")
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        self.file.write(f"{self.ended} tests ended, status {int(exitstatus)}\n")
+        self.file.close()
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses

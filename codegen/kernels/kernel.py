@@ -186,10 +186,8 @@ def _launch(
     kernel: Kernel, device: torch.device, sizes: tuple[tuple[str, int], ...], config: Config | None
 ) -> _Launch | None:
     """The launch for these sizes, None where there is nothing to compute."""
-    if config is None and device.type == "cuda":
-        config = kernel.choose(_legal(kernel, device.index), **dict(sizes))
-    elif config is None:  # interpreted: every configuration computes the same
-        config = kernel.space(_INTERPRETED)[0]
+    if config is None:
+        config = kernel.choose(_legal(kernel, device), **dict(sizes))
     grid = kernel.grid(config, **dict(sizes))
     if 0 in grid:
         return None
@@ -204,17 +202,14 @@ def _fastest(
         if launch := _launch(kernel, device, sizes, config):
             launch(arguments)
 
-    configs = _legal(kernel, device.index)
+    configs = _legal(kernel, device)
     key = kernel, device, tuple(size.bit_length() for _, size in sizes)  # shared up to a factor of two
     return tune.fastest(key, configs, run, kernel.choose(configs, **dict(sizes)))
 
 
-_INTERPRETED = Target(90, 232_448)
-
-
 @functools.cache
-def _legal(kernel: Kernel, index: int) -> tuple[Config, ...]:
-    return kernel.configs(of_device(index))
+def _legal(kernel: Kernel, device: torch.device) -> tuple[Config, ...]:
+    return kernel.configs(of_device(device))
 
 
 @functools.cache

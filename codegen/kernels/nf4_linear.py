@@ -16,7 +16,7 @@ from rewrite.codegen.kernels.gradients import sum_of_parts
 from rewrite.codegen.kernels.kernel import Config, Kernel, triton_type
 from rewrite.codegen.kernels.nf4 import stored_types, unreadable
 from rewrite.codegen.kernels.products import HALVES, NARROW, Term, horner
-from rewrite.codegen.kernels.target import SM90, Target, multiprocessors, of_device, unusable
+from rewrite.codegen.kernels.target import Target, multiprocessors, of_device, unusable
 
 Tensor = torch.Tensor
 
@@ -259,7 +259,7 @@ def split(kernel: Nf4Linear, M: int, device: torch.device) -> tuple[int, int]:
 
     The parts, float32, take no more memory than the decoded weight would.
     """
-    config = kernel.choose(kernel.configs(_target(device)), M=M)
+    config = kernel.choose(kernel.configs(of_device(device)), M=M)
     tiles = math.prod(kernel.grid(config, M=M)) // kernel.splits
     chunks, processors = -(-kernel.length // CHUNK), multiprocessors(device)
     enough = -(-12 // config.warps)  # programs on a multiprocessor that hide each other's latencies
@@ -273,10 +273,6 @@ def split(kernel: Nf4Linear, M: int, device: torch.device) -> tuple[int, int]:
     most = max(1, kernel.length // (2 * M))
     each = min({-(-chunks // parts) for parts in range(1, min(chunks, most) + 1)}, key=seconds)
     return -(-chunks // each), each
-
-
-def _target(device: torch.device) -> Target:
-    return of_device(device.index or 0) if device.type == "cuda" else SM90
 
 
 def _examples() -> tuple[Nf4Linear, ...]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from rewrite.codegen.codecs import CODECS
 from rewrite.codegen.kernels import codecs
@@ -40,6 +41,15 @@ def check(x, name, group):
     codecs.decode(codes, scales, name, group, out)
     assert same(out, CODECS[name](group).decode((codes, scales), x.dtype))
     return out
+
+
+@every
+def test_the_reference_divides_by_no_number(name, group):
+    """CUDA and Inductor divide by a number as a product with its reciprocal, a CPU does not; tensors all divide alike."""
+    graph = make_fx(lambda x: CODECS[name](group).encode(x))(torch.randn(3, 130)).graph
+    divisions = [node for node in graph.nodes if str(node.target).startswith("aten.div.")]
+    assert divisions
+    assert all(isinstance(each, torch.fx.Node) for node in divisions for each in node.args[:2])
 
 
 @every

@@ -42,20 +42,20 @@ def test_masks_of_all_kernels(sizes, device):
     ones = torch.ones(max(M, K), 1, device=device).bfloat16()
     dx = torch.full((M, K), float("nan"), device=device).bfloat16()
     dropout.input_gradient(ones[:M], ones[:K].t().contiguous(), seed, (1,), p, dx, add=False)
-    assert torch.equal(dx, 2.0 * mask)
+    assert torch.equal(dx, (2.0 * mask).bfloat16())
     rows = torch.arange(M, device=device).remainder(64)  # one row of x in a column of dh, and of the identity
     for first in range(0, M, 64):
         pick = torch.zeros(M, 64, device=device).bfloat16()
         here = slice(first, min(first + 64, M))
         pick[here, : here.stop - first] = torch.eye(64, device=device)[rows[here]][:, : here.stop - first].bfloat16()
         found = dropout.gradient(pick, torch.ones_like(dx), seed, (64,), p)
-        assert torch.equal(found[: here.stop - first], 2.0 * mask[here])
+        assert torch.equal(found[: here.stop - first], (2.0 * mask[here]).bfloat16())
     for first in range(0, K, 64):
         pick = torch.zeros(64, K, device=device).bfloat16()
         width = min(64, K - first)
         pick[:width, first : first + width] = torch.eye(width, device=device).bfloat16()
         found = dropout.linear(torch.ones_like(dx), pick, seed, (64,), p)
-        assert torch.equal(found[:, :width], 2.0 * mask[:, first : first + width])
+        assert torch.equal(found[:, :width], (2.0 * mask[:, first : first + width]).bfloat16())
 
 
 @pytest.mark.parametrize(("ranks", "p"), CASES.values(), ids=CASES)
