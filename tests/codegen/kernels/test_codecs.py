@@ -45,7 +45,7 @@ def check(x, name, group):
 
 @every
 def test_the_reference_divides_by_no_number(name, group):
-    """CUDA and Inductor divide by a number as a product with its reciprocal, a CPU does not; tensors all divide alike."""
+    """Which CUDA and Inductor do as a product with its reciprocal, a CPU does not; tensors all divide alike."""
     graph = make_fx(lambda x: CODECS[name](group).encode(x))(torch.randn(3, 130)).graph
     divisions = [node for node in graph.nodes if str(node.target).startswith("aten.div.")]
     assert divisions
