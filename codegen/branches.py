@@ -3,6 +3,7 @@
 - `rewrite::low_rank_gradients(dy, h, B, scale)`   the gradients of `scale * h B'`, both from one read of dy
 - `rewrite::sum_of_products(a, b, ...)`            `a_0 b_0 + a_1 b_1 + ...`, summed in place: an input's gradient
 - `rewrite::factor_gradient(dy, h)`                that of B alone, where h has none: a slice of a frozen layer's input
+- `rewrite::column_sums(a, b)`                     `a * b` summed over rows: the gradient of a scale of every output
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from rewrite.codegen.below import define_below
 from rewrite.codegen.costs import register_flops_of_results
+from rewrite.codegen.cpu import operators
 from rewrite.codegen.dropout import add_input_gradient
 from rewrite.codegen.kernels import gradients, linear, outer_product
-from rewrite.codegen.tensors import as_rows
+from rewrite.codegen.tensors import as_rows, wide_dtype
 
 Tensor = torch.Tensor
 _lib = torch.library.Library("rewrite", "FRAGMENT")
@@ -26,6 +28,7 @@ _lib.define(
     " float[] p=[]) -> Tensor"
 )
 _lib.define("factor_gradient(Tensor dy, Tensor h) -> Tensor")
+_lib.define("column_sums(Tensor a, Tensor b) -> Tensor")
 
 
 def add_branches(
@@ -37,8 +40,10 @@ def add_branches(
         part.addmm_(hi.reshape(-1, hi.shape[-1]), Bi.t(), alpha=si)
 
 
-def _gradients(dy: Tensor, h: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def low_rank_gradients(dy: Tensor, h: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`(scale * dy B, scale * dy' h)`: dy (..., N), h (..., r), B (N, r) -> (..., r), (N, r)."""
+    if cpu := operators.serving(dy, h, B):
+        return cpu.low_rank_gradients(dy, h, B, scale)
     rows, low = as_rows(dy), as_rows(h)
     dh, dB = rows @ B, rows.t() @ low
     if scale != 1.0:
@@ -50,12 +55,12 @@ def _gradients(dy: Tensor, h: Tensor, B: Tensor, scale: float) -> tuple[Tensor, 
 def _gradients_cuda(dy: Tensor, h: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     rows, low = as_rows(dy), as_rows(h)
     if gradients.supports(rows, low, B) is not None:
-        return _gradients(dy, h, B, scale)
+        return low_rank_gradients(dy, h, B, scale)
     dh, dB = gradients.low_rank_gradients(rows, low, B, scale)
     return dh.view(h.shape), dB
 
 
-def _factor(dy: Tensor, h: Tensor) -> Tensor:
+def factor_gradient(dy: Tensor, h: Tensor) -> Tensor:
     """`dy' h` over all rows: dy (..., N), h (..., r) -> (N, r)."""
     return as_rows(dy).t() @ as_rows(h)
 
@@ -63,7 +68,7 @@ def _factor(dy: Tensor, h: Tensor) -> Tensor:
 def _factor_cuda(dy: Tensor, h: Tensor) -> Tensor:
     rows, low = as_rows(dy), as_rows(h)
     kernel = outer_product.of_slice(rows, low)
-    return _factor(dy, h) if isinstance(kernel, str) else kernel.compute(low, rows)
+    return factor_gradient(dy, h) if isinstance(kernel, str) else kernel.compute(low, rows)
 
 
 def _gradients_setup(ctx, inputs, output):
@@ -90,8 +95,12 @@ def sum_of_products(
 
     With dh (..., sum of ranks), A, seed, ranks and p also the gradient of x in `dropped_linear(x, A, seed, ranks, p)`.
     """
+    if cpu := operators.serving(*a, *b):
+        return cpu.sum_of_products(a, b, dh, A, seed, ranks, p)
+    out = a[0].new_empty(a[0].shape[0], b[0].shape[1])
+    if not out.is_cuda:  # narrow ones first, to which wide ones add at no cost
+        a, b = zip(*sorted(zip(a, b, strict=True), key=lambda pair: pair[0].shape[1]), strict=True)
     total = linear.Sum(a, b, [1.0] * len(a), [0] * len(a))
-    out = a[0].new_empty(total.M, total.N)
     if out.is_cuda and total.supports() is None:
         linear.into(out, total)
     else:
@@ -101,10 +110,20 @@ def sum_of_products(
     return out
 
 
-_lib.impl("low_rank_gradients", _gradients, "CompositeExplicitAutograd")
+def column_sums(a: Tensor, b: Tensor) -> Tensor:
+    """`a * b`, each (..., N), summed over all rows, in float32 at least: (N,)."""
+    if cpu := operators.serving(a, b):
+        return cpu.column_sums(a, b)
+    x, y, wide = as_rows(a), as_rows(b), wide_dtype(a.dtype)
+    return (x.to(wide) * y.to(wide)).sum(0).to(a.dtype)
+
+
+_lib.impl("column_sums", column_sums, "CompositeExplicitAutograd")
+torch.library.register_fake("rewrite::column_sums", lambda a, b: a.new_empty(a.shape[-1]), lib=_lib)
+_lib.impl("low_rank_gradients", low_rank_gradients, "CompositeExplicitAutograd")
 _lib.impl("low_rank_gradients", _gradients_cuda, "CUDA")
 _lib.impl("sum_of_products", sum_of_products, "CompositeExplicitAutograd")
-_lib.impl("factor_gradient", _factor, "CompositeExplicitAutograd")
+_lib.impl("factor_gradient", factor_gradient, "CompositeExplicitAutograd")
 _lib.impl("factor_gradient", _factor_cuda, "CUDA")
 torch.library.register_fake("rewrite::factor_gradient", lambda dy, h: dy.new_empty(dy.shape[-1], h.shape[-1]), lib=_lib)
 
@@ -126,7 +145,7 @@ define_below(
     _lib,
     torch.ops.rewrite.low_rank_gradients.default,
     _gradients_fake,
-    CompositeExplicitAutograd=_gradients,
+    CompositeExplicitAutograd=low_rank_gradients,
     CUDA=_gradients_cuda,
 )
 

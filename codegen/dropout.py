@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from rewrite.codegen.below import define_below
 from rewrite.codegen.costs import register_flops_of_results
-from rewrite.codegen.cpu import dropout as cpu
+from rewrite.codegen.cpu import operators
 from rewrite.codegen.kernels import dropout as kernels
 from rewrite.codegen.masks import kept, scale
 from rewrite.codegen.tensors import as_rows, autocast, autocast_dtype
@@ -42,11 +42,13 @@ def _draw(like: Tensor) -> Tensor:
 
 def _masked(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """The elements of a matrix that are kept, zero elsewhere."""
-    found = cpu.copied(x, seed, p)
-    return torch.where(kept(x.shape[0], x.shape[1], seed, p), x, x.new_zeros(())) if found is None else found
+    return torch.where(kept(x.shape[0], x.shape[1], seed, p), x, x.new_zeros(()))
 
 
-def _dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
+def dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """x / (1 - p) where it is kept, 0 elsewhere."""
+    if cpu := operators.serving(x, seed):
+        return cpu.dropout(x, seed, p)
     return (_masked(as_rows(x), seed, p) * scale(p)).view(x.shape)
 
 
@@ -72,7 +74,10 @@ def dropped_linear(x: Tensor, A: Tensor, seed: Tensor, ranks: Sequence[int], p: 
     return torch.ops.rewrite.dropped_linear_core(x, A, seed, ranks, p)
 
 
-def _linear(x: Tensor, A: Tensor, seed: Tensor, ranks: Sequence[int], p: Sequence[float]) -> Tensor:
+def linear(x: Tensor, A: Tensor, seed: Tensor, ranks: Sequence[int], p: Sequence[float]) -> Tensor:
+    """`dropped_linear` without autocast."""
+    if cpu := operators.serving(x, A, seed):
+        return cpu.dropped_linear_core(x, A, seed, ranks, p)
     rows = as_rows(x)
     h = x.new_empty(*x.shape[:-1], A.shape[0])
     for part, Ai, si, pi in zip(as_rows(h).split(ranks, -1), A.split(ranks), seed.split(1), p, strict=True):
@@ -80,7 +85,10 @@ def _linear(x: Tensor, A: Tensor, seed: Tensor, ranks: Sequence[int], p: Sequenc
     return h
 
 
-def _linear_gradients(dh, x, A, seed, ranks, p, input):
+def linear_gradients(dh, x, A, seed, ranks, p, input):
+    """The gradients of x, if it is asked for by `input`, and of A."""
+    if cpu := operators.serving(dh, x, A, seed):
+        return cpu.dropped_linear_gradients(dh, x, A, seed, ranks, p, input)
     rows, dh, dA = as_rows(x), as_rows(dh), torch.empty_like(A)
     for part, di, si, pi in zip(dA.split(ranks), dh.split(ranks, -1), seed.split(1), p, strict=True):
         torch.mul(di.t() @ _masked(rows, si, pi), scale(pi), out=part)
@@ -93,9 +101,7 @@ def _linear_gradients(dh, x, A, seed, ranks, p, input):
 
 def _add_input_gradient(dx: Tensor, dh: Tensor, A: Tensor, seed: Tensor, ranks: Sequence[int], p: Sequence[float]):
     for di, Ai, si, pi in zip(dh.split(ranks, -1), A.split(ranks), seed.split(1), p, strict=True):
-        product = (di * scale(pi)) @ Ai
-        if not cpu.added(dx, product, si, pi):
-            dx += _masked(product, si, pi)
+        dx += _masked((di @ Ai) * scale(pi), si, pi)
 
 
 def add_input_gradient(
@@ -112,21 +118,21 @@ def _dropout_cuda(x: Tensor, seed: Tensor, p: float) -> Tensor:
     rows = as_rows(x)
     rows = rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
     if kernels.supports_dropout(rows, p) is not None:
-        return _dropout(x, seed, p)
+        return dropped(x, seed, p)
     return kernels.dropout(rows, seed, p).view(x.shape)
 
 
 def _linear_cuda(x: Tensor, A: Tensor, seed: Tensor, ranks: Sequence[int], p: Sequence[float]) -> Tensor:
     rows = as_rows(x)
     if kernels.supports(rows, A, ranks, p) is not None:
-        return _linear(x, A, seed, ranks, p)
+        return linear(x, A, seed, ranks, p)
     return kernels.linear(rows, A, seed, ranks, p).view(*x.shape[:-1], A.shape[0])
 
 
 def _linear_gradients_cuda(dh, x, A, seed, ranks, p, input):
     rows, low = as_rows(x), as_rows(dh).contiguous()
     if kernels.supports(rows, A, ranks, p) is not None:
-        return _linear_gradients(dh, x, A, seed, ranks, p, input)
+        return linear_gradients(dh, x, A, seed, ranks, p, input)
     dA = kernels.gradient(low, rows, seed, ranks, p)
     dx = x.new_empty(x.shape if input else (0,))
     if input:
@@ -146,10 +152,10 @@ def _linear_backward(ctx, dh):
 
 
 _lib.impl("draw", _draw, "CompositeImplicitAutograd")
-_lib.impl("dropout", _dropout, "CompositeExplicitAutograd")
+_lib.impl("dropout", dropped, "CompositeExplicitAutograd")
 _lib.impl("dropped_linear", dropped_linear, "CompositeImplicitAutograd")
-_lib.impl("dropped_linear_core", _linear, "CompositeExplicitAutograd")
-_lib.impl("dropped_linear_gradients", _linear_gradients, "CompositeExplicitAutograd")
+_lib.impl("dropped_linear_core", linear, "CompositeExplicitAutograd")
+_lib.impl("dropped_linear_gradients", linear_gradients, "CompositeExplicitAutograd")
 _lib.impl("dropout", _dropout_cuda, "CUDA")
 _lib.impl("dropped_linear_core", _linear_cuda, "CUDA")
 _lib.impl("dropped_linear_gradients", _linear_gradients_cuda, "CUDA")
@@ -173,8 +179,8 @@ def _linear_gradients_fake(dh, x, A, seed, ranks, p, input):
 torch.library.register_autograd("rewrite::dropout", _dropout_backward, setup_context=_dropout_setup, lib=_lib)
 torch.library.register_autograd("rewrite::dropped_linear_core", _linear_backward, setup_context=_linear_setup, lib=_lib)
 for _op, _fake, _reference, _cuda in (
-    (torch.ops.rewrite.dropout.default, _dropout_fake, _dropout, _dropout_cuda),
-    (torch.ops.rewrite.dropped_linear_core.default, _linear_fake, _linear, _linear_cuda),
+    (torch.ops.rewrite.dropout.default, _dropout_fake, dropped, _dropout_cuda),
+    (torch.ops.rewrite.dropped_linear_core.default, _linear_fake, linear, _linear_cuda),
 ):
     define_below(_lib, _op, _fake, CompositeExplicitAutograd=_reference, CUDA=_cuda)
 

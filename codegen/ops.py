@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-import rewrite.codegen.weights  # noqa: F401  (defines rewrite::low_rank_weight)
+import rewrite.codegen.branches
+import rewrite.codegen.weights  # noqa: F401  (they define rewrite::low_rank_gradients, low_rank_weight)
 from rewrite.codegen import routes
 from rewrite.codegen.activations import coarse_activation
 from rewrite.codegen.below import define_below
-from rewrite.codegen.branches import add_branches
 from rewrite.codegen.costs import register_flops_of_results
 from rewrite.codegen.storage import layout as parse_layout
 from rewrite.codegen.tensors import autocast, autocast_dtype
@@ -105,31 +105,34 @@ def _core(x, weight, layout, bias, h, B, scale, start, skip):
     # Not a view of a product: a model may go on to change the output in place, which autograd forbids for views.
     out = x.new_empty(*x.shape[:-1], w.shape[0])
     y = out.view(-1, w.shape[0])
-    parts = [(rows, w)]
-    if skip:
-        parts = [(rows[:, first:last], w[:, first:last]) for first, last in _kept(skip, w.shape[1])]
-    (first, W), *rest = parts
-    if bias is None:
-        torch.mm(first, W.t(), out=y)
-    else:
-        torch.addmm(bias, first, W.t(), out=y)
-    for part, W in rest:
-        y.addmm_(part, W.t())
-    add_branches(y, h, B, scale, start)
+    spans = _kept(skip, w.shape[1]) if skip else [(0, w.shape[1])]
+    terms = [(rows[:, first:last], w[:, first:last], 1.0, 0) for first, last in spans]
+    terms += [(hi.reshape(-1, hi.shape[-1]), *rest) for hi, *rest in zip(h, B, scale, start, strict=True)]
+    # Narrow ones first, of those of all columns: a wide product adds to what is there at no cost, while a narrow one
+    # after it would have to read and write the output once more.
+    terms.sort(key=lambda term: (term[1].shape[0] < y.shape[1], term[0].shape[1]))
+    for number, (a, W, factor, at) in enumerate(terms):
+        if number:
+            part = y if W.shape[0] == y.shape[1] else y[:, at : at + W.shape[0]]
+            part.addmm_(a, W.t(), alpha=factor)
+        elif bias is None and factor == 1.0:
+            torch.mm(a, W.t(), out=y)
+        else:
+            torch.addmm(y if bias is None else bias, a, W.t(), beta=bias is not None, alpha=factor, out=y)
     return out
 
 
-def _routed_core(x, weight, layout, *rest):
+def routed_core(x, weight, layout, *rest):
     """The product by a route of the device: of the stored weight, or else of the decoded one."""
     bias, h, B, scale, start, skip = rest
     if skip and x.is_cuda and 0 < skip[0] and skip[1] < x.shape[-1]:
         # Two parts of W are two products, and one more pass over the output than the whole W and a difference.
         whole = [B[0] - weight[0][:, skip[0] : skip[1]].to(B[0].dtype), *B[1:]]
-        return _routed_core(x, weight, layout, bias, h, whole, scale, start, [])
+        return routed_core(x, weight, layout, bias, h, whole, scale, start, [])
     if route := routes.of_product(x, weight, layout, *rest):
         return route.product(x, weight, layout, *rest)
     if layout != "dense":
-        return _routed_core(x, [decode(weight, layout).to(x.dtype)], "dense", *rest)
+        return routed_core(x, [decode(weight, layout).to(x.dtype)], "dense", *rest)
     return _core(x, weight, layout, *rest)
 
 
@@ -221,7 +224,7 @@ def _sliced_gradients(dy, W, h, B, start):
     return dx, dB
 
 
-def _routed_input_gradient(dy, weight, layout):
+def routed_input_gradient(dy, weight, layout):
     if route := routes.of_input_gradient(dy, weight, layout):
         return route.input_gradient(dy, weight, layout)
     return _input_gradient_core(dy, weight, layout)
@@ -239,8 +242,8 @@ _lib.impl("adapted_linear_core", _core, "CompositeExplicitAutograd")
 _lib.impl("linear_input_gradient", _input_gradient_core, "CompositeExplicitAutograd")
 _lib.impl("sliced_gradients", _sliced_gradients, "CompositeExplicitAutograd")
 for _device in ("CPU", "CUDA"):
-    _lib.impl("adapted_linear_core", _routed_core, _device)
-    _lib.impl("linear_input_gradient", _routed_input_gradient, _device)
+    _lib.impl("adapted_linear_core", routed_core, _device)
+    _lib.impl("linear_input_gradient", routed_input_gradient, _device)
 torch.library.register_fake(
     "rewrite::low_rank", lambda x, A, B, scale: x.new_empty(*x.shape[:-1], B.shape[0]), lib=_lib
 )
@@ -253,7 +256,7 @@ torch.library.register_fake(
     lib=_lib,
 )
 torch.library.register_autograd("rewrite::adapted_linear_core", _core_backward, setup_context=_core_setup, lib=_lib)
-_routed = {"CompositeExplicitAutograd": _core, "CPU": _routed_core, "CUDA": _routed_core}
+_routed = {"CompositeExplicitAutograd": _core, "CPU": routed_core, "CUDA": routed_core}
 define_below(_lib, torch.ops.rewrite.adapted_linear_core.default, _core_fake, **_routed)
 
 

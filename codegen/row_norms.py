@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from rewrite.codegen.cpu import operators
 from rewrite.codegen.storage import layout as parse_layout
 from rewrite.codegen.tensors import no_autocast, wide_dtype
 from rewrite.codegen.workspace import register_workspace
@@ -29,6 +30,8 @@ def adapted_row_norms(weight: Sequence[Tensor], layout: str, A: Tensor, B: Tenso
     >>> adapted_row_norms([torch.eye(2)], "dense", torch.ones(1, 2), torch.tensor([[0.0], [3.0]]), 1.0)
     tensor([1., 5.])
     """
+    if operators.norms_serve(weight, layout, A, B, squares) and (cpu := operators.serving(*weight, A, B)):
+        return cpu.adapted_row_norms(weight, layout, A, B, scale)
     W = parse_layout(layout).decode(*weight)
     wide = wide_dtype(W.dtype)
     low, A, B = A.to(W.dtype), A.to(W.dtype).to(wide), B.to(W.dtype).to(wide) * scale

@@ -16,6 +16,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from rewrite.passes.counting import module_path
+from rewrite.passes.gradients import backward_nodes
 from rewrite.passes.record import Edit, PassRecord
 
 aten = torch.ops.aten
@@ -42,7 +43,7 @@ class _Leaf:
 def accumulate(graph: fx.Graph) -> PassRecord:
     """Replace every sum of two products and more that depends on a gradient; returns the record of its edits."""
     record, seen = PassRecord("accumulate"), set()
-    backward = _backward(graph)
+    backward = backward_nodes(graph)
     for node in reversed(list(graph.nodes)):
         if node in seen or node not in backward or not _is_sum(node):
             continue
@@ -53,16 +54,6 @@ def accumulate(graph: fx.Graph) -> PassRecord:
             record.edits.append(_replace(graph, node, leaves, inner))
     record.edits.reverse()
     return record
-
-
-def _backward(graph: fx.Graph) -> set[fx.Node]:
-    """What depends on the gradients of the results."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        tangent = node.op == "placeholder" and "tangents" in str(node.target)
-        if tangent or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _is_sum(node: fx.Node) -> bool:

@@ -7,8 +7,7 @@ from typing import Any
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-import rewrite.codegen.ops  # noqa: F401  (its operators are in BELOW)
-from rewrite.codegen import below
+from rewrite.codegen import below, direct
 
 
 class BelowAutograd(CustomGraphPass):
@@ -25,6 +24,9 @@ class BelowAutograd(CustomGraphPass):
                 each(graph)
 
     def uuid(self) -> Any:
-        """Identifies this pass in Inductor's caches; None, no caching, where another pass cannot be identified."""
+        """Identifies this pass, and how sources that Inductor generates then call our operators, in Inductor's caches.
+
+        None, no caching, where another pass cannot be identified.
+        """
         other = getattr(self.then, "uuid", lambda: None)()
-        return None if self.then is not None and other is None else get_hash_for_files((__file__,), repr(other))
+        return None if self.then is not None and other is None else get_hash_for_files((__file__, direct.__file__), repr(other))

@@ -52,6 +52,16 @@ def gradient_costs(joint: fx.Graph, outputs: int) -> list[GradientCost]:
     return found
 
 
+def backward_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """What depends on the gradients of the results of a joint graph."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        tangent = node.op == "placeholder" and "tangents" in str(node.target)
+        if tangent or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 def selected_flops(joint: fx.Graph, outputs: int, inputs: Iterable[int]) -> int:
     """FLOPs of the backward operators that the gradients of these inputs need, each operator once."""
     counted, bits = _count(joint, outputs), 0

@@ -22,7 +22,7 @@ from torch._functorch.partitioners import default_partition, min_cut_remateriali
 from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
 
 from rewrite.codegen import codecs
-from rewrite.passes import accumulate, counting, encode, keep, pin_static, recompute
+from rewrite.passes import accumulate, columns, counting, encode, keep, pin_static, recompute
 from rewrite.passes.gradients import gradient_costs
 from rewrite.passes.keep import Budgeted, Encoded, Recomputed
 from rewrite.passes.peak import peaks
@@ -32,7 +32,7 @@ _R = TypeVar("_R", bound=keep.Rule)
 
 
 class Partitioner(CustomPartitionerFn):
-    """`pin_static` and `accumulate`, then PyTorch's min-cut partition; fills `record.counts` with what it found."""
+    """`pin_static`, `accumulate`, `columns`, then PyTorch's min-cut partition; fills `record.counts` by what it found."""
 
     def __init__(
         self, record: GraphRecord, thorough: bool = False, decompositions: encode.Decompositions | None = None
@@ -49,6 +49,7 @@ class Partitioner(CustomPartitionerFn):
         plain = self._default(gm, joint_inputs, **kwargs) if self.thorough else {}
         plain |= {"gradients": self._gradients(gm, outputs)} if self.thorough else {}
         self._run(lambda: accumulate.accumulate(gm.graph))
+        self._run(lambda: columns.columns(gm.graph))
         if self._rules(Recomputed):
             self._run(lambda: recompute.recompute(gm.graph))
         kwargs.setdefault("compiler", "inductor")
@@ -98,7 +99,7 @@ class Partitioner(CustomPartitionerFn):
 
     def uuid(self) -> Any:
         """Identifies this partitioner in Inductor's caches: the files that decide what it does."""
-        files = (part.__file__ for part in (accumulate, codecs, counting, encode, keep, pin_static, recompute))
+        files = (part.__file__ for part in (accumulate, codecs, columns, counting, encode, keep, pin_static, recompute))
         return get_hash_for_files((__file__, *files), repr(self.record.rules))
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from torch import nn
 
 from rewrite.bind import Bound, bind
-from rewrite.codegen.cpu import dropout as cpu_dropout
+from rewrite.codegen.cpu import operators
 from rewrite.codegen.routes import of_storage
 from rewrite.methods import registry
 from rewrite.parser import parse
@@ -142,7 +142,7 @@ def _kernels(state: Attachment, bound: Sequence[Bound], held: Sequence[Held]) ->
     ]
     drops = any(getattr(b.method, "dropout", 0.0) for b in bound)
     on_cpu = drops and any(device == "cpu" for _, device in stored)
-    return [*lines, f"dropout on the CPU: {cpu_dropout.route()}"] if on_cpu else lines
+    return [*lines, f"dropout on the CPU: {operators.route()}"] if on_cpu else lines
 
 
 def _routes(state: Attachment) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
+from rewrite.codegen import direct
 from rewrite.codegen.kernels import tune
 from rewrite.errors import RewriteError
 from rewrite.passes import deferred, pipeline
@@ -136,5 +137,6 @@ def _inductor(
         patches["post_grad_custom_pre_pass"] = BelowAutograd(asked)
     if patches.get("max_autotune", config.max_autotune):
         tune.ask()
+    direct.install()
     # As an argument, not around the call: a backward graph with symbolic sizes is compiled when it first runs.
     return compile_fx(gm, inputs, config_patches=patches)  # type: ignore[arg-type]

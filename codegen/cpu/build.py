@@ -1,8 +1,8 @@
 """C++ sources -> shared libraries: compiled at first use, kept in the user's cache, loaded once a process.
 
-The sources have a plain C interface and include no header of PyTorch, so that compiling takes a second or two, and
-threads are those of OpenMP, which PyTorch's own are.  Whatever goes wrong has a reason (`Build.failure`), and the
-caller falls back to PyTorch.
+A source with a plain C interface and no header of PyTorch compiles in a second or two; one that defines operators of
+PyTorch, for calls whose way through Python would take as long as they do, in about ten.  Threads are those of OpenMP,
+which PyTorch's own are.  Whatever goes wrong has a reason (`Build.failure`), and the caller falls back to PyTorch.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ class Build:
 
     source: Path
     target: str
+    operators: bool = False  # whether the source defines operators of PyTorch, and needs its headers
     failure: str | None = None
     threads: bool = True  # whether the compiler has OpenMP
     _loaded: ctypes.CDLL | None = None
@@ -110,7 +111,7 @@ class Build:
 
     def _load(self) -> None:
         try:
-            path, self.threads = _compiled(self.source, self.target)
+            path, self.threads = _compiled(self.source, self.target, _pytorch(self.target) if self.operators else ())
             self._loaded = ctypes.CDLL(str(path))
         except (OSError, _Failed) as error:  # no compiler, or one that refuses
             self.failure = " ".join(str(error).split())
@@ -122,22 +123,39 @@ def switched_off() -> bool:
 
 
 @functools.cache
-def build(source: Path, target: str) -> Build:
+def build(source: Path, target: str, operators: bool = False) -> Build:
     """The one `Build` of a source for one of the `instruction_sets` in this process."""
     assert target in instruction_sets()  # which also asks the system for what it lends
-    return Build(source, target)
+    return Build(source, target, operators)
+
+
+def namespace(target: str) -> str:
+    """The namespace of the operators that a source defines for an instruction set, `torch.ops.<namespace>`."""
+    return f"rewrite_{target.lower()}"
+
+
+def _pytorch(target: str) -> tuple[str, ...]:
+    """Flags for a source that defines operators: its namespace, and the headers and libraries of this PyTorch."""
+    root = Path(torch.__file__).parent
+    include = root / "include"
+    abi = int(torch.compiled_with_cxx11_abi())
+    return (
+        *("-std=c++20", "-w", f"-DREWRITE_NAMESPACE={namespace(target)}", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"),
+        *(f"-isystem{include}", f"-isystem{include / 'torch' / 'csrc' / 'api' / 'include'}"),
+        *(f"-L{root / 'lib'}", *(("-Wl,--no-as-needed",) if sys.platform == "linux" else ()), "-ltorch_cpu", "-lc10"),
+    )
 
 
 class _Failed(Exception):
     pass
 
 
-def _compiled(source: Path, target: str) -> tuple[Path, bool]:
+def _compiled(source: Path, target: str, more: tuple[str, ...]) -> tuple[Path, bool]:
     """(library, whether it has threads), compiled by this process or before."""
     compiler = _compiler()
     reasons = []
     for threads in (("-fopenmp",), ()):  # Apple's compiler has no OpenMP
-        command = (compiler, *_FLAGS, *_SETS.get(target, ()), *threads)
+        command = (compiler, *_FLAGS, *_SETS.get(target, ()), *threads, *more)
         path = cache.folder("cpu") / f"{source.stem}-{target.lower()}-{_digest(source, command)}.so"
         try:
             _compile(command, source, path)
@@ -158,10 +176,9 @@ def _compiler() -> str:
 def _digest(source: Path, command: tuple[str, ...]) -> str:
     # The file of the compiler and its date stand for its version, which would take a process to ask for.
     stamp = os.stat(command[0]).st_mtime_ns
-    found = hashlib.sha256("\0".join((*command, str(stamp), platform.machine())).encode())
-    for file in (source, *sorted(source.parent.glob("*.h"))):
-        found.update(file.read_bytes())
-    return found.hexdigest()[:16]
+    text = "\0".join((*command, str(stamp), platform.machine(), torch.__version__))
+    code = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
+    return hashlib.sha256(code + text.encode()).hexdigest()[:16]
 
 
 def _compile(command: tuple[str, ...], source: Path, path: Path) -> None:

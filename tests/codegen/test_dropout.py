@@ -13,8 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rewrite
 from rewrite.codegen import masks
-from rewrite.codegen.cpu import build
-from rewrite.codegen.cpu import dropout as cpu
+from rewrite.codegen.cpu import build, narrow
 
 OPS = torch.ops.rewrite
 PI = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0]
@@ -201,7 +200,7 @@ WIDTHS = (1, 7, 8, 19, 63, 64, 127, 256, 300, 513)
 def kernels(request: pytest.FixtureRequest) -> build.Build:
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         pytest.skip("no C++ compiler")
-    found = cpu.kernels(request.param)
+    found = narrow.kernels(request.param)
     assert found.library() is not None, found.failure
     return found
 
@@ -213,20 +212,7 @@ def test_cpu_kernels_follow_the_definition_to_the_bit(kernels, dtype):
         for given in (x, torch.randn(width, 5).to(dtype).t(), torch.randn(5, 2 * width).to(dtype)[:, :width], x[:0]):
             mask = masks.kept(*given.shape, seed, 0.3)
             expected = torch.where(mask, given, torch.zeros((), dtype=dtype))
-            torch.testing.assert_close(cpu.copied(given, seed, 0.3, kernels), expected, rtol=0, atol=0)
-
-
-def test_cpu_kernels_add_in_place(kernels):
-    seed = seeds(77)
-    for width in WIDTHS:
-        whole, x = torch.randn(6, 2 * width), torch.randn(6, width)
-        y = whole[:, width:]
-        expected = y + torch.where(masks.kept(6, width, seed, 0.2), x, torch.zeros(()))
-        left = whole[:, :width].clone()
-        assert cpu.added(y, x, seed, 0.2, kernels)
-        torch.testing.assert_close(y, expected, rtol=0, atol=0)
-        torch.testing.assert_close(whole[:, :width], left, rtol=0, atol=0)
-    assert not cpu.added(torch.zeros(2, 3).double(), torch.ones(2, 3).double(), seed, 0.2, kernels)
+            torch.testing.assert_close(narrow.dropped(given, seed, 0.3, kernels), expected, rtol=0, atol=0)
 
 
 def test_without_cpu_kernels_the_numbers_are_the_same(monkeypatch):
@@ -237,8 +223,8 @@ def test_without_cpu_kernels_the_numbers_are_the_same(monkeypatch):
         x = x.detach().requires_grad_()
         h = OPS.dropped_linear(x, A, seed, [2, 3], [0.2, 0.4])
         found.append((h, *torch.autograd.grad(h.square().sum(), (x, A))))
-    assert cpu.copied(x, seed[:1], 0.2) is None
-    assert cpu.route() == "PyTorch operators, no C++ kernels: REWRITE_CPU_KERNELS=0"
+    assert narrow.dropped(x, seed[:1], 0.2) is None
+    assert narrow.route() == "PyTorch operators, no C++ kernels: REWRITE_CPU_KERNELS=0"
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
@@ -246,6 +232,6 @@ def test_without_cpu_kernels_the_numbers_are_the_same(monkeypatch):
 def test_explain_says_what_computes_masks():
     model = torch.nn.Sequential(torch.nn.Linear(5, 3))
     rewrite.attach(model, "lora(r=2, dropout=0.1)@linear")
-    assert f"dropout on the CPU: {cpu.route()}" in rewrite.explain(model)
+    assert f"dropout on the CPU: {narrow.route()}" in rewrite.explain(model)
     rewrite.attach(rewrite.remove(model), "lora(r=2)@linear")
     assert "dropout on" not in rewrite.explain(model)

@@ -1,0 +1,93 @@
+"""How graphs compiled for a CPU call our operators: those in C++ where they take the call, functions in Python else.
+
+Called by their own names, operators that are written in Python go from a generated source through the dispatcher, into
+Python again.  Beside products that stream through the caches, so much code is cold whenever it runs: in a training step
+of a small model on two cores it was a few percent of the time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_map_only
+
+from rewrite.codegen import branches, dropout, ops, row_norms
+from rewrite.codegen.below import BELOW
+from rewrite.codegen.cpu import operators
+
+_PYTHON: dict[str, Callable[..., Any]] = {
+    "adapted_linear_core": ops.routed_core,
+    "linear_input_gradient": ops.routed_input_gradient,
+    "low_rank_gradients": branches.low_rank_gradients,
+    "sum_of_products": branches.sum_of_products,
+    "factor_gradient": branches.factor_gradient,
+    "column_sums": branches.column_sums,
+    "dropout": dropout.dropped,
+    "dropped_linear_core": dropout.linear,
+    "dropped_linear_gradients": dropout.linear_gradients,
+    "adapted_row_norms": row_norms.adapted_row_norms,
+}
+"""By the name of the operator, what it is on a CPU."""
+_NEVER = {"linear_input_gradient", "factor_gradient"}  # in C++
+
+
+@functools.cache
+def functions() -> dict[str, Callable[..., Any]]:
+    """What generated sources call: by the name of the operator, and under `<name> in C++` for calls that C++ takes."""
+    found = operators.loaded()
+    native = {name: function for name, function in _PYTHON.items() if name not in _NEVER}
+    return _PYTHON | {
+        f"{name} in C++": function if found is None else getattr(found, name).default
+        for name, function in native.items()
+    }
+
+
+def _entry(name: str, args: Sequence[Any]) -> str:
+    """Which of the `functions` an operator is for the arguments of a node of a graph."""
+    values = fx.map_arg(args, lambda node: node.meta["val"])
+    if name == "adapted_linear_core":
+        x, weight, layout, *_, skip = values  # type: ignore[misc]
+        takes = operators.product_unsuitable(x, weight, layout, skip) is None
+    elif name == "adapted_row_norms":
+        weight, layout, A, B, _, squares = values  # type: ignore[misc]
+        takes = operators.norms_serve(weight, layout, A, B, squares)
+    else:
+        takes = name not in _NEVER
+    return f"{name} in C++" if takes else name
+
+
+@functools.cache
+def install() -> None:
+    """Tell Inductor; once a process, before it compiles.  Sources that it generates import what they call."""
+    from torch._inductor import ir, lowering
+    from torch._inductor.virtualized import V
+
+    class Direct(ir.FallbackKernel):
+        entry = ""
+
+        def codegen(self, wrapper: Any) -> None:
+            if not V.graph.cpp_wrapper:
+                wrapper.add_import_once(f"from {__name__} import functions as _functions")
+                wrapper.add_import_once("rewrite_functions = _functions()")
+                self.python_kernel_name = f"rewrite_functions[{self.entry!r}]"
+            super().codegen(wrapper)
+
+    def lowered(operator: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
+        node = V.graph.current_node
+        fake = node.meta["val"]
+        fake = fake[0] if isinstance(fake, (tuple, list)) else fake
+        kernel = ir.FallbackKernel
+        if fake.device.type == "cpu":
+            name = operator._schema.name.removeprefix("rewrite::")
+            kernel = type("Direct", (Direct,), {"entry": _entry(name, node.args)})
+        return tree_map_only(ir.IRNode, ir.TensorBox.create, kernel.create(operator, *args, **kwargs))
+
+    for name in _PYTHON:
+        operator = getattr(torch.ops.rewrite, name).default
+        for overload in {operator, BELOW.get(operator, operator)}:
+            lowering.make_fallback(overload, layout_constraint=lowering.constrain_to_fake_tensors, warn=False)
+            lowering.lowerings[overload] = functools.partial(lowered, overload)
