@@ -2,7 +2,8 @@
 
 Called by their own names, operators that are written in Python go from a generated source through the dispatcher, into
 Python again.  Beside products that stream through the caches, so much code is cold whenever it runs: in a training step
-of a small model on two cores it was a few percent of the time.
+of a small model on two cores it was a few percent of the time.  And an operator that allocates its result gets fresh
+pages, whose first writes are slow; large results go into buffers that Inductor hands out, and uses again.
 """
 
 from __future__ import annotations
@@ -33,17 +34,27 @@ _PYTHON: dict[str, Callable[..., Any]] = {
 }
 """By the name of the operator, what it is on a CPU."""
 _NEVER = {"linear_input_gradient", "factor_gradient"}  # in C++
+_INTO = {"adapted_linear_core", "sum_of_products", "dropout"}
+"""Those in C++ that can write into a buffer."""
 
 
 @functools.cache
 def functions() -> dict[str, Callable[..., Any]]:
-    """What generated sources call: by the name of the operator, and under `<name> in C++` for calls that C++ takes."""
-    found = operators.loaded()
-    native = {name: function for name, function in _PYTHON.items() if name not in _NEVER}
-    return _PYTHON | {
-        f"{name} in C++": function if found is None else getattr(found, name).default
-        for name, function in native.items()
-    }
+    """What generated sources call: by the name of the operator, `<name> in C++` for calls that C++ takes.
+
+    `<name> into` takes `out=` besides, a buffer for the result.
+    """
+    found, table = operators.loaded(), dict(_PYTHON)
+    for name, function in _PYTHON.items():
+        if name not in _NEVER:
+            table[f"{name} in C++"] = function if found is None else getattr(found, name).default
+        if name in _INTO:
+            table[f"{name} into"] = _copied(function) if found is None else getattr(found, name).out
+    return table
+
+
+def _copied(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda *args, out: out.copy_(function(*args))
 
 
 def _entry(name: str, args: Sequence[Any]) -> str:
@@ -57,34 +68,58 @@ def _entry(name: str, args: Sequence[Any]) -> str:
         takes = operators.norms_serve(weight, layout, A, B, squares)
     else:
         takes = name not in _NEVER
-    return f"{name} in C++" if takes else name
+    return name if not takes else f"{name} into" if name in _INTO else f"{name} in C++"
 
 
 @functools.cache
 def install() -> None:
     """Tell Inductor; once a process, before it compiles.  Sources that it generates import what they call."""
     from torch._inductor import ir, lowering
+    from torch._inductor.utils import convert_shape_to_inductor
     from torch._inductor.virtualized import V
+
+    def use(kernel: Any, wrapper: Any) -> None:
+        wrapper.add_import_once(f"from {__name__} import functions as _functions")
+        wrapper.add_import_once("rewrite_functions = _functions()")
+        kernel.python_kernel_name = f"rewrite_functions[{kernel.entry!r}]"
 
     class Direct(ir.FallbackKernel):
         entry = ""
 
         def codegen(self, wrapper: Any) -> None:
-            if not V.graph.cpp_wrapper:
-                wrapper.add_import_once(f"from {__name__} import functions as _functions")
-                wrapper.add_import_once("rewrite_functions = _functions()")
-                self.python_kernel_name = f"rewrite_functions[{self.entry!r}]"
+            use(self, wrapper)
             super().codegen(wrapper)
 
-    def lowered(operator: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
+    class Into(ir.ExternKernelOut):
+        """The result goes into a buffer of Inductor's; arguments are nested, as those of a fallback."""
+
+        entry = ""
+        codegen_args = ir.FallbackKernel.codegen_args  # type: ignore[assignment]
+
+        def codegen(self, wrapper: Any) -> None:
+            use(self, wrapper)
+            super().codegen(wrapper)
+
+    def into(entry: str, operator: torch._ops.OpOverload, *args: Any) -> ir.IRNode:
+        with V.graph.fake_mode:
+            result, tensors, others, unflatten, _ = ir.FallbackKernel.process_kernel(operator, *args)
+        sizes, strides = (convert_shape_to_inductor(n) for n in (result.size(), result.stride()))
+        layout = ir.FixedLayout(result.device, result.dtype, sizes, strides)
+        kernel = Into(layout, tensors, others, op_overload=operator)
+        kernel.entry, kernel.unflatten_args = entry, unflatten  # type: ignore[attr-defined]
+        return kernel
+
+    def lowered(operator: torch._ops.OpOverload, *args: Any) -> Any:
         node = V.graph.current_node
         fake = node.meta["val"]
         fake = fake[0] if isinstance(fake, (tuple, list)) else fake
         kernel = ir.FallbackKernel
-        if fake.device.type == "cpu":
-            name = operator._schema.name.removeprefix("rewrite::")
-            kernel = type("Direct", (Direct,), {"entry": _entry(name, node.args)})
-        return tree_map_only(ir.IRNode, ir.TensorBox.create, kernel.create(operator, *args, **kwargs))
+        if fake.device.type == "cpu" and not V.graph.cpp_wrapper:
+            entry = _entry(operator._schema.name.removeprefix("rewrite::"), node.args)
+            if entry.endswith(" into"):
+                return ir.TensorBox.create(into(entry, operator, *args))
+            kernel = type("Direct", (Direct,), {"entry": entry})
+        return tree_map_only(ir.IRNode, ir.TensorBox.create, kernel.create(operator, *args))
 
     for name in _PYTHON:
         operator = getattr(torch.ops.rewrite, name).default

@@ -62,10 +62,10 @@ def _is_sum(node: fx.Node) -> bool:
         return False
     values = [n.meta.get("val") if isinstance(n, fx.Node) else None for n in (node, *node.args)]
     known = [v for v in values if isinstance(v, torch.Tensor)]
-    return len(known) == 3 and all(_alike(known[0], value) for value in known[1:])
+    return len(known) == 3 and all(alike(known[0], value) for value in known[1:])
 
 
-def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
     """One dtype, and one shape whatever its symbols are."""
     sizes = zip(a.shape, b.shape, strict=False)
     return a.dtype == b.dtype and a.ndim == b.ndim and all(statically_known_true(m == n) for m, n in sizes)

@@ -29,4 +29,6 @@ class BelowAutograd(CustomGraphPass):
         None, no caching, where another pass cannot be identified.
         """
         other = getattr(self.then, "uuid", lambda: None)()
-        return None if self.then is not None and other is None else get_hash_for_files((__file__, direct.__file__), repr(other))
+        if self.then is not None and other is None:
+            return None
+        return get_hash_for_files((__file__, direct.__file__), repr(other))

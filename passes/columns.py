@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from rewrite.passes.accumulate import alike
 from rewrite.passes.counting import module_path
 from rewrite.passes.gradients import backward_nodes
 from rewrite.passes.record import Edit, PassRecord
@@ -32,9 +33,9 @@ def columns(graph: fx.Graph) -> PassRecord:
             total.meta = dict(node.meta)
             total.meta["val"] = result = node.meta["val"].flatten()
             new = total
-            if node.meta["val"].ndim > 1:  # kept dimensions
-                new = graph.call_function(aten.view.default, (total, list(node.meta["val"].shape)))
-                new.meta = dict(node.meta)
+            for _ in range(node.meta["val"].ndim - 1):  # kept dimensions
+                new = graph.call_function(aten.unsqueeze.default, (new, 0))
+                new.meta = {**node.meta, "val": new.args[0].meta["val"].unsqueeze(0)}  # type: ignore[union-attr]
         product = node.args[0]
         node.replace_all_uses_with(new)
         graph.erase_node(node)
@@ -59,7 +60,7 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     if len(known) < 3 or known[0].ndim < 2 or known[0].device.type != "cpu":
         return None
     rows = {d % known[0].ndim for d in node.args[1]}  # type: ignore[union-attr]
-    if rows != set(range(known[0].ndim - 1)) or len({(tuple(v.shape), v.dtype) for v in known}) > 1:
+    if rows != set(range(known[0].ndim - 1)) or not all(alike(known[0], v) for v in known[1:]):
         return None
     assert isinstance(a, fx.Node)
     assert isinstance(b, fx.Node)

@@ -32,7 +32,7 @@ _R = TypeVar("_R", bound=keep.Rule)
 
 
 class Partitioner(CustomPartitionerFn):
-    """`pin_static`, `accumulate`, `columns`, then PyTorch's min-cut partition; fills `record.counts` by what it found."""
+    """`pin_static`, `accumulate` and `columns`, then PyTorch's min-cut partition; `record.counts` is what it found."""
 
     def __init__(
         self, record: GraphRecord, thorough: bool = False, decompositions: encode.Decompositions | None = None

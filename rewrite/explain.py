@@ -131,7 +131,7 @@ _PLACES = {"cpu": "the CPU", "cuda": "the GPU"}
 
 
 def _kernels(state: Attachment, bound: Sequence[Bound], held: Sequence[Held]) -> list[str]:
-    """What computes with stored weights and masks of dropout, and why not the faster way."""
+    """What computes with stored weights and adapters where there is a choice, and why not the faster way."""
     stored = {(h.storage, h.device) for h in held if h.base}
     names = dict.fromkeys(r["method"] for r, g in zip(state.sites, state.grafts, strict=True) if g.where == "storage")
     lines = [
@@ -141,8 +141,10 @@ def _kernels(state: Attachment, bound: Sequence[Bound], held: Sequence[Held]) ->
         if (name, device) in stored
     ]
     drops = any(getattr(b.method, "dropout", 0.0) for b in bound)
-    on_cpu = drops and any(device == "cpu" for _, device in stored)
-    return [*lines, f"dropout on the CPU: {operators.route()}"] if on_cpu else lines
+    adapted = any(g.where != "storage" for g in state.grafts) and any(device == "cpu" for _, device in stored)
+    if adapted and (drops or operators.kernels().refusal()):
+        lines.append(f"adapters on the CPU: {operators.route()}")
+    return lines
 
 
 def _routes(state: Attachment) -> list[str]:

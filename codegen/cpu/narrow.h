@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <memory>
+#include <type_traits>
 #include <vector>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
@@ -213,31 +213,56 @@ struct Branch {
     if ((next) && (n) % 16 == 0) \
         for (int i = 0; i < ROWS; ++i) __builtin_prefetch((next) + i * (row) + (n))
 
-// sums (ROWS x LANES) += X F, for the columns of a block.
+#if defined(NARROW_AVX512)
+constexpr int GROUP = 2;  // vectors of ranks that an element of X meets at a time
+#else
+constexpr int GROUP = 1;
+#endif
+
+// sums (ROWS x V LANES) += X F, for the columns of a block.
+template <int V>
 void product(const float* x, int64_t x_row, int width, const float* factor, float* sums, int64_t sums_row,
              const float* next, int64_t next_row) {
-    Vector sum[ROWS];
-    for (int i = 0; i < ROWS; ++i) sum[i] = load(sums + i * sums_row);
+    Vector sum[V][ROWS];
+    for (int v = 0; v < V; ++v)
+        for (int i = 0; i < ROWS; ++i) sum[v][i] = load(sums + i * sums_row + v * LANES);
     for (int n = 0; n < width; ++n) {
         FETCH(next, next_row, n);
-        const Vector f = load(factor + n * LANES);
+        Vector f[V];
+        for (int v = 0; v < V; ++v) f[v] = load(factor + (v * WIDTH + n) * LANES);
 #pragma GCC unroll 8
-        for (int i = 0; i < ROWS; ++i) sum[i] = fma(all(x[i * x_row + n]), f, sum[i]);
+        for (int i = 0; i < ROWS; ++i) {
+            const Vector one = all(x[i * x_row + n]);
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) sum[v][i] = fma(one, f[v], sum[v][i]);
+        }
     }
-    for (int i = 0; i < ROWS; ++i) store(sums + i * sums_row, sum[i]);
+    for (int v = 0; v < V; ++v)
+        for (int i = 0; i < ROWS; ++i) store(sums + i * sums_row + v * LANES, sum[v][i]);
 }
 
-// gradient (columns x LANES) += X' L, for the columns of a block.
+// gradient (columns x V LANES) += X' L, for the columns of a block.
+template <int V>
 void gradient(const float* x, int64_t x_row, int width, const float* low, int64_t low_row, float* gradient,
               const float* next, int64_t next_row) {
-    Vector of_row[ROWS];
-    for (int i = 0; i < ROWS; ++i) of_row[i] = load(low + i * low_row);
+    constexpr int CHAINS = V == 1 ? 4 : 2;  // sums side by side, not to wait for one another
+    Vector of_row[V][ROWS];
+    for (int v = 0; v < V; ++v)
+        for (int i = 0; i < ROWS; ++i) of_row[v][i] = load(low + i * low_row + v * LANES);
     for (int n = 0; n < width; ++n) {
         FETCH(next, next_row, n);
-        Vector part[4] = {load(gradient + n * LANES), Vector{}, Vector{}, Vector{}};
+        Vector part[V][CHAINS] = {};
+        for (int v = 0; v < V; ++v) part[v][0] = load(gradient + (v * WIDTH + n) * LANES);
 #pragma GCC unroll 8
-        for (int i = 0; i < ROWS; ++i) part[i % 4] = fma(all(x[i * x_row + n]), of_row[i], part[i % 4]);
-        store(gradient + n * LANES, (part[0] + part[1]) + (part[2] + part[3]));
+        for (int i = 0; i < ROWS; ++i) {
+            const Vector one = all(x[i * x_row + n]);
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) part[v][i % CHAINS] = fma(one, of_row[v][i], part[v][i % CHAINS]);
+        }
+        for (int v = 0; v < V; ++v) {
+            for (int c = 1; c < CHAINS; ++c) part[v][0] += part[v][c];
+            store(gradient + (v * WIDTH + n) * LANES, part[v][0]);
+        }
     }
 }
 
@@ -258,21 +283,60 @@ void squares_of(const float* x, int64_t x_row, int rows, int width, float* squar
     }
 }
 
-// What one thread holds: its rows of L and of X F padded to whole vectors, and its part of X' L.
+// What one thread holds, from call to call: its rows of L and of X F padded to whole vectors, its part of X' L.
 struct Work {
-    std::vector<int64_t> at;  // where the ranks of a branch begin, in padded ranks
-    int64_t ranks = 0;
     std::vector<float> low, sums, factor, gradient;
+    static Work& of_thread() {
+        thread_local Work work;
+        return work;
+    }
 };
 
-void narrow(const float* x, int64_t x_row, int64_t first, int64_t last, int64_t columns, const Branch* branches,
-            int count, float* squares, float* partial, Work& work) {
-    const int64_t rows = last - first, all_rows = padded(rows, ROWS);
-    for (int b = 0; b < count; ++b) {
-        work.at.push_back(work.ranks);
-        work.ranks += padded(branches[b].rank, LANES);
+// The factor of a branch for the columns of a block, as vectors of ranks: LANES of them for every column, WIDTH columns.
+void pack(const Branch& branch, int64_t column, int width, float* factor) {
+    const float* from = branch.factor + column * branch.factor_column;
+    for (int64_t first = 0; first < branch.rank; first += LANES, factor += WIDTH * LANES) {
+        const int count = static_cast<int>(std::min<int64_t>(LANES, branch.rank - first));
+        if (branch.factor_rank == 1) {
+            for (int n = 0; n < width; ++n)
+                std::copy_n(from + n * branch.factor_column + first, count, factor + n * LANES);
+            continue;
+        }
+        for (int r = 0; r < count; ++r) {
+            const float* row = from + (first + r) * branch.factor_rank;
+            for (int n = 0; n < width; ++n) factor[n * LANES + r] = row[n * branch.factor_column];
+        }
     }
-    const int64_t ranks = work.ranks;
+}
+
+// A block of X, with zeros below it where it has fewer rows, and masked if the branch drops.
+void masked_tile(const float* x, int64_t x_row, int rows, int64_t row, int64_t column, int width, const Branch& branch,
+                 float* tile) {
+    alignas(64) uint16_t mask[WIDTH];
+    std::memset(tile + rows * WIDTH, 0, (ROWS - rows) * WIDTH * sizeof(float));
+    for (int i = 0; i < rows; ++i) {
+        if (!branch.seed) {
+            std::copy_n(x + i * x_row, width, tile + i * WIDTH);
+            continue;
+        }
+        masks(Site(branch.seed, branch.threshold), row + i, column, width, mask);
+        copy(reinterpret_cast<const uint32_t*>(x + i * x_row), reinterpret_cast<uint32_t*>(tile + i * WIDTH), mask,
+             width);
+    }
+}
+
+// Vectors of ranks, by GROUP and what is left: `each(first, constant)`, the constant being how many.
+template <class Each>
+void in_groups(int64_t vectors, Each each) {
+    int64_t v = 0;
+    for (; v + GROUP <= vectors; v += GROUP) each(v, std::integral_constant<int, GROUP>());
+    for (; v < vectors; ++v) each(v, std::integral_constant<int, 1>());
+}
+
+void narrow(const float* x, int64_t x_row, int64_t first, int64_t last, int64_t columns, const Branch* branches,
+            int count, const int64_t* at, float* squares, float* partial) {
+    Work& work = Work::of_thread();
+    const int64_t rows = last - first, all_rows = padded(rows, ROWS), ranks = at[count];
     work.low.assign(all_rows * ranks, 0);
     work.sums.assign(all_rows * ranks, 0);
     work.factor.assign(WIDTH * ranks, 0);
@@ -280,17 +344,12 @@ void narrow(const float* x, int64_t x_row, int64_t first, int64_t last, int64_t 
     for (int b = 0; b < count; ++b)
         for (int64_t i = 0; branches[b].low && i < rows; ++i)
             std::copy_n(branches[b].low + (first + i) * branches[b].low_row, branches[b].rank,
-                        &work.low[i * ranks + work.at[b]]);
+                        &work.low[i * ranks + at[b]]);
     alignas(64) float tile[ROWS * WIDTH];
-    alignas(64) uint16_t mask[WIDTH];
     for (int64_t column = 0; column < columns; column += WIDTH) {
         const int width = static_cast<int>(std::min<int64_t>(WIDTH, columns - column));
         for (int b = 0; b < count; ++b)
-            for (int64_t r = 0; branches[b].factor && r < branches[b].rank; ++r) {
-                const float* from = branches[b].factor + r * branches[b].factor_rank;
-                float* to = &work.factor[(work.at[b] + r / LANES * LANES) * WIDTH + r % LANES];
-                for (int n = 0; n < width; ++n) to[n * LANES] = from[(column + n) * branches[b].factor_column];
-            }
+            if (branches[b].factor) pack(branches[b], column, width, &work.factor[at[b] * WIDTH]);
         std::fill(work.gradient.begin(), work.gradient.end(), 0.0f);
         for (int64_t i = 0; i < rows; i += ROWS) {
             const int block = static_cast<int>(std::min<int64_t>(ROWS, rows - i));
@@ -299,29 +358,19 @@ void narrow(const float* x, int64_t x_row, int64_t first, int64_t last, int64_t 
             if (squares) squares_of(given, x_row, block, width, squares + first + i);
             for (int b = 0; b < count; ++b) {
                 const Branch& branch = branches[b];
-                const bool drops = branch.seed != nullptr;
-                if (drops || block < ROWS) {
-                    std::memset(tile + block * WIDTH, 0, (ROWS - block) * WIDTH * sizeof(float));
-                    for (int j = 0; j < block; ++j) {
-                        if (drops) {
-                            masks(Site(branch.seed, branch.threshold), first + i + j, column, width, mask);
-                            copy(reinterpret_cast<const uint32_t*>(given + j * x_row),
-                                 reinterpret_cast<uint32_t*>(tile + j * WIDTH), mask, width);
-                        } else {
-                            std::copy_n(given + j * x_row, width, tile + j * WIDTH);
-                        }
-                    }
-                }
-                const float* from = drops || block < ROWS ? tile : given;
-                const int64_t from_row = from == tile ? WIDTH : x_row;
-                for (int64_t r = work.at[b]; r < work.at[b] + padded(branch.rank, LANES); r += LANES) {
+                const bool copied = branch.seed || block < ROWS;
+                if (copied) masked_tile(given, x_row, block, first + i, column, width, branch, tile);
+                const float* from = copied ? tile : given;
+                const int64_t from_row = copied ? WIDTH : x_row;
+                in_groups((at[b + 1] - at[b]) / LANES, [&](int64_t v, auto vectors) {
+                    const int64_t r = at[b] + v * LANES;
                     if (branch.product)
-                        product(from, from_row, width, &work.factor[r * WIDTH], &work.sums[i * ranks + r], ranks, next,
-                                x_row);
+                        product<vectors()>(from, from_row, width, &work.factor[r * WIDTH], &work.sums[i * ranks + r],
+                                           ranks, next, x_row);
                     if (branch.gradient)
-                        gradient(from, from_row, width, &work.low[i * ranks + r], ranks, &work.gradient[r * WIDTH],
-                                 next, x_row);
-                }
+                        gradient<vectors()>(from, from_row, width, &work.low[i * ranks + r], ranks,
+                                            &work.gradient[r * WIDTH], next, x_row);
+                });
             }
         }
         for (int64_t r = 0; partial && r < ranks; r += LANES)
@@ -332,7 +381,7 @@ void narrow(const float* x, int64_t x_row, int64_t first, int64_t last, int64_t 
         for (int64_t i = 0; branches[b].product && i < rows; ++i)
             for (int64_t r = 0; r < branches[b].rank; ++r)
                 branches[b].product[(first + i) * branches[b].product_row + r] =
-                    branches[b].scale * work.sums[i * ranks + work.at[b] + r];
+                    branches[b].scale * work.sums[i * ranks + at[b] + r];
 }
 
 // Y (+)= the sum over branches of scale * L F', masked, on the rows from `first` to `last`.
@@ -398,36 +447,46 @@ void dropped(const void* x, int64_t x_row, void* y, int64_t y_row, int64_t rows,
     step(x, x_row, y, y_row, rows, columns, Site(seed, threshold), threads);
 }
 
+// The gradient of a branch, of what every part of the rows has summed: (parts, columns, ranks), its own from `at` on.
+void finish(const Branch& branch, const float* partial, int parts, int64_t columns, int64_t ranks, int64_t at,
+            int64_t from, int64_t to) {
+    for (int64_t column = from; column < to; ++column)
+        for (int64_t r = 0; r < branch.rank; ++r) {
+            float total = 0;
+            for (int part = 0; part < parts; ++part) total += partial[(part * columns + column) * ranks + at + r];
+            branch.gradient[column * branch.gradient_column + r * branch.gradient_rank] = branch.scale * total;
+        }
+}
+
 // What the branches ask for, and the sums of squares of rows where `squares` is not null, in one pass over x.
-void products(const float* x, int64_t x_row, int64_t rows, int64_t columns, const Branch* branches,
-                     int32_t count, float* squares, int32_t threads) {
-    int64_t ranks = 0;
+void products(const float* x, int64_t x_row, int64_t rows, int64_t columns, const Branch* branches, int32_t count,
+              float* squares, int32_t threads) {
+    std::vector<int64_t> at{0};  // where the ranks of a branch begin, in padded ranks
     bool gradients = false;
     for (int b = 0; b < count; ++b) {
-        ranks += padded(branches[b].rank, LANES);
+        at.push_back(at.back() + padded(branches[b].rank, LANES));
         gradients |= branches[b].gradient != nullptr;
     }
+    const int64_t ranks = at.back();
     const int parts = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, rows / ROWS)));
-    const std::unique_ptr<float[]> partial(gradients ? new float[parts * columns * ranks] : nullptr);
+    thread_local std::vector<float> sums;  // of the calling thread
+    if (gradients && static_cast<int64_t>(sums.size()) < parts * columns * ranks) sums.resize(parts * columns * ranks);
+    float* partial = sums.data();
     if (squares) std::fill_n(squares, rows, 0.0f);
-#pragma omp parallel for num_threads(parts) schedule(static)
-    for (int part = 0; part < parts; ++part) {
-        const int64_t first = share(rows, part, parts), last = std::min(rows, share(rows, part + 1, parts));
-        Work work;
-        narrow(x, x_row, first, last, columns, branches, count, squares,
-               gradients ? partial.get() + part * columns * ranks : nullptr, work);
-    }
-    if (!gradients) return;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t column = 0; column < columns; ++column) {
-        int64_t at = column * ranks;
-        for (int b = 0; b < count; at += padded(branches[b].rank, LANES), ++b)
-            for (int64_t r = 0; branches[b].gradient && r < branches[b].rank; ++r) {
-                float total = 0;
-                for (int part = 0; part < parts; ++part) total += partial[part * columns * ranks + at + r];
-                branches[b].gradient[column * branches[b].gradient_column + r * branches[b].gradient_rank] =
-                    branches[b].scale * total;
-            }
+#pragma omp parallel num_threads(parts)
+    {
+#pragma omp for schedule(static)
+        for (int part = 0; part < parts; ++part) {
+            const int64_t first = share(rows, part, parts), last = std::min(rows, share(rows, part + 1, parts));
+            narrow(x, x_row, first, last, columns, branches, count, at.data(), squares,
+                   gradients ? partial + part * columns * ranks : nullptr);
+        }
+#pragma omp for schedule(static)
+        for (int64_t column = 0; column < columns; column += WIDTH)
+            for (int b = 0; b < count; ++b)
+                if (branches[b].gradient)
+                    finish(branches[b], partial, parts, columns, ranks, at[b], column,
+                           std::min(columns, column + WIDTH));
     }
 }
 

@@ -115,14 +115,21 @@ void add_up(const Tensor& y, const std::optional<Tensor>& bias, std::vector<Term
     }
 }
 
-Tensor adapted_linear_core(const Tensor& x, TensorList weight, c10::string_view, const std::optional<Tensor>& bias,
-                           TensorList h, TensorList B, at::ArrayRef<double> scale, IntArrayRef start, IntArrayRef) {
+Tensor& adapted_linear_core_out(const Tensor& x, TensorList weight, c10::string_view,
+                                const std::optional<Tensor>& bias, TensorList h, TensorList B,
+                                at::ArrayRef<double> scale, IntArrayRef start, IntArrayRef, Tensor& out) {
     const Tensor& W = weight[0];
-    Tensor out = empty_like(x, W.size(0));
     std::vector<Term> terms{{rows_of(x), W.t(), 1.0, 0}};
     for (size_t i = 0; i < h.size(); ++i) terms.push_back({rows_of(h[i]), B[i].t(), scale[i], start[i]});
     add_up(out.view({-1, W.size(0)}), bias, std::move(terms));
     return out;
+}
+
+Tensor adapted_linear_core(const Tensor& x, TensorList weight, c10::string_view layout,
+                           const std::optional<Tensor>& bias, TensorList h, TensorList B, at::ArrayRef<double> scale,
+                           IntArrayRef start, IntArrayRef skip) {
+    Tensor out = empty_like(x, weight[0].size(0));
+    return adapted_linear_core_out(x, weight, layout, bias, h, B, scale, start, skip, out);
 }
 
 std::tuple<Tensor, Tensor> low_rank_gradients(const Tensor& dy, const Tensor& h, const Tensor& B, double scale) {
@@ -181,16 +188,27 @@ Tensor adapted_row_norms(TensorList weight, c10::string_view, const Tensor& A, c
 
 // --- dropout -------------------------------------------------------------------------------------------------------
 
-Tensor masked(const Tensor& x, const int64_t* seed, double p) {
+void masked_out(const Tensor& x, const int64_t* seed, double p, const Tensor& out) {
     const Tensor given = x.stride(1) == 1 ? x : x.contiguous();
-    Tensor out = at::empty(x.sizes(), x.options());
     dropped(given.const_data_ptr(), given.stride(0), out.data_ptr(), out.stride(0), x.size(0), x.size(1), seed,
             threshold_of(p), x.element_size(), at::get_num_threads());
+}
+
+Tensor masked(const Tensor& x, const int64_t* seed, double p) {
+    Tensor out = at::empty(x.sizes(), x.options());
+    masked_out(x, seed, p, out);
     return out;
 }
 
+Tensor& dropout_out(const Tensor& x, const Tensor& seed, double p, Tensor& out) {
+    const Tensor rows = rows_of(x);
+    masked_out(rows, seed.const_data_ptr<int64_t>(), p, out.view(rows.sizes()));
+    return out.mul_(scale_of(p));
+}
+
 Tensor dropout(const Tensor& x, const Tensor& seed, double p) {
-    return masked(rows_of(x), seed.const_data_ptr<int64_t>(), p).mul_(scale_of(p)).view(x.sizes());
+    Tensor out = at::empty(x.sizes(), x.options());
+    return dropout_out(x, seed, p, out);
 }
 
 // Calls `each(number, first rank, rank, seed, p)` for every factor of those that stand one above the other.
@@ -275,9 +293,9 @@ std::tuple<Tensor, Tensor> dropped_linear_gradients(const Tensor& given, const T
     return {dx, dA};
 }
 
-Tensor sum_of_products(TensorList a, TensorList b, const std::optional<Tensor>& dh, const std::optional<Tensor>& A,
-                       const std::optional<Tensor>& seed, IntArrayRef ranks, at::ArrayRef<double> p) {
-    Tensor out = at::empty({a[0].size(0), b[0].size(1)}, a[0].options());
+Tensor& sum_of_products_out(TensorList a, TensorList b, const std::optional<Tensor>& dh,
+                            const std::optional<Tensor>& A, const std::optional<Tensor>& seed, IntArrayRef ranks,
+                            at::ArrayRef<double> p, Tensor& out) {
     std::vector<Term> terms;
     for (size_t i = 0; i < a.size(); ++i) terms.push_back({a[i], b[i], 1.0, 0});
     if (!dh.has_value()) {
@@ -289,37 +307,50 @@ Tensor sum_of_products(TensorList a, TensorList b, const std::optional<Tensor>& 
     return out;
 }
 
+Tensor sum_of_products(TensorList a, TensorList b, const std::optional<Tensor>& dh, const std::optional<Tensor>& A,
+                       const std::optional<Tensor>& seed, IntArrayRef ranks, at::ArrayRef<double> p) {
+    Tensor out = at::empty({a[0].size(0), b[0].size(1)}, a[0].options());
+    return sum_of_products_out(a, b, dh, A, seed, ranks, p, out);
+}
+
 }  // namespace
 
 #define OPERATORS(name) TORCH_LIBRARY_FRAGMENT(name, m)
 #define KERNELS(name) TORCH_LIBRARY_IMPL(name, CPU, m)
 
 OPERATORS(REWRITE_NAMESPACE) {
-    m.def(
-        "adapted_linear_core(Tensor x, Tensor[] weight, str layout, Tensor? bias, Tensor[] h, Tensor[] B,"
-        " float[] scale, int[] start, int[] skip) -> Tensor");
+#define CORE \
+    "(Tensor x, Tensor[] weight, str layout, Tensor? bias, Tensor[] h, Tensor[] B, float[] scale, int[] start, int[] skip"
+#define SUM "(Tensor[] a, Tensor[] b, Tensor? dh=None, Tensor? A=None, Tensor? seed=None, int[] ranks=[], float[] p=[]"
+#define DROPOUT "(Tensor x, Tensor seed, float p"
+#define OUT ", *, Tensor(a!) out) -> Tensor(a!)"
+    m.def("adapted_linear_core" CORE ") -> Tensor");
+    m.def("adapted_linear_core.out" CORE OUT);
+    m.def("sum_of_products" SUM ") -> Tensor");
+    m.def("sum_of_products.out" SUM OUT);
+    m.def("dropout" DROPOUT ") -> Tensor");
+    m.def("dropout.out" DROPOUT OUT);
     m.def("low_rank_gradients(Tensor dy, Tensor h, Tensor B, float scale) -> (Tensor, Tensor)");
     m.def("column_sums(Tensor a, Tensor b) -> Tensor");
     m.def(
         "adapted_row_norms(Tensor[] weight, str layout, Tensor A, Tensor B, float scale, Tensor? squares=None)"
         " -> Tensor");
-    m.def("dropout(Tensor x, Tensor seed, float p) -> Tensor");
     m.def("dropped_linear_core(Tensor x, Tensor A, Tensor seed, int[] ranks, float[] p) -> Tensor");
     m.def(
         "dropped_linear_gradients(Tensor dh, Tensor x, Tensor A, Tensor seed, int[] ranks, float[] p, bool input)"
         " -> (Tensor, Tensor)");
-    m.def(
-        "sum_of_products(Tensor[] a, Tensor[] b, Tensor? dh=None, Tensor? A=None, Tensor? seed=None, int[] ranks=[],"
-        " float[] p=[]) -> Tensor");
 }
 
 KERNELS(REWRITE_NAMESPACE) {
     m.impl("adapted_linear_core", adapted_linear_core);
+    m.impl("adapted_linear_core.out", adapted_linear_core_out);
+    m.impl("sum_of_products", sum_of_products);
+    m.impl("sum_of_products.out", sum_of_products_out);
+    m.impl("dropout", dropout);
+    m.impl("dropout.out", dropout_out);
     m.impl("low_rank_gradients", low_rank_gradients);
     m.impl("column_sums", static_cast<Tensor (*)(const Tensor&, const Tensor&)>(column_sums));
     m.impl("adapted_row_norms", adapted_row_norms);
-    m.impl("dropout", dropout);
     m.impl("dropped_linear_core", dropped_linear_core);
     m.impl("dropped_linear_gradients", dropped_linear_gradients);
-    m.impl("sum_of_products", sum_of_products);
 }

@@ -1,0 +1,71 @@
+"""columns: the gradient of a scale of every output is one operator, equal to what it stands for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+import rewrite
+from rewrite.passes.columns import columns
+from rewrite.runtime.captures import records_of
+from tests.models import assert_same, batch, build, disturb, step
+
+aten = torch.ops.aten
+
+
+def traced(function, *inputs: Tensor, symbolic: bool = False) -> fx.GraphModule:
+    """A graph as a joint one: the first input is the gradient of a result."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    gm = make_fx(function, tracing_mode="symbolic" if symbolic else "real")(*inputs)
+    next(node for node in gm.graph.nodes if node.op == "placeholder").target = "tangents_1"
+    for node in gm.graph.nodes:
+        node.meta.setdefault("val", node.meta.get("tensor_meta"))
+    return gm
+
+
+def sums(gm: fx.GraphModule) -> int:
+    return sum(n.target is torch.ops.rewrite.column_sums.default for n in gm.graph.nodes)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (2, 3, 5), (1, 1), (0, 4)])
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_sum_over_rows_of_a_product(shape, keep):
+    dy, y = (torch.randn(shape, dtype=torch.float64) for _ in range(2))
+    rows = list(range(len(shape) - 1))
+    gm = traced(lambda g, x: (aten.sum.dim_IntList(g * x, rows, keep),), dy, y, symbolic=True)
+    record = columns(gm.graph)
+    assert sums(gm) == len(record.edits) == 1
+    gm.recompile()
+    (found,) = gm(dy, y)
+    torch.testing.assert_close(found, (dy * y).sum(rows, keep), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda g, x: ((g * x).sum(1),),  # along rows
+        lambda g, x: ((g * x).sum(),),
+        lambda g, x: ((g * x[:1]).sum(0),),  # broadcast
+        lambda g, x: ((g.float() * x).sum(0),),  # of two dtypes
+        lambda g, x: ((x * x).sum(0), g),  # of the forward
+        lambda g, x: (aten.sum.dim_IntList(g * x, [0], dtype=torch.float32),),
+        lambda g, x: (g.sum(0), x),
+    ],
+)
+def test_what_stays(function):
+    gm = traced(function, torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64), symbolic=True)
+    assert not columns(gm.graph).edits
+    assert not sums(gm)
+
+
+@pytest.mark.parametrize("spec", ["dora(r=3)@linear", "ia3@ffn.up"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_step_equals_eagers(spec, dynamic):
+    model = disturb(rewrite.attach(build("llama"), spec))
+    eager = step(model, model, batch("llama"))[1]
+    model.compile(backend="rewrite", options={"backend": "aot_eager"}, dynamic=dynamic)
+    assert_same(step(model, model, batch("llama"))[1], eager)
+    found = [p for record in records_of(model) for p in record.passes if p.name == "columns"]
+    assert sum(len(p.edits) for p in found)
