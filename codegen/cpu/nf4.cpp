@@ -2,6 +2,8 @@
 //
 // A plain C interface without PyTorch's headers, so that it builds in about two seconds; `nf4.py` calls it.
 // Compile with -ffp-contract=off: a doubly quantised scale is a product and a sum, rounded one after the other.
+// Threads take their work in small parts, so that they end together on a machine that has other things to do; which
+// thread computes a number does not change it.
 
 #include "nf4_tiles.h"
 
@@ -34,7 +36,7 @@ void product(const Weight& w, const void* x, int64_t tokens, float* y, int64_t h
 #pragma omp parallel num_threads(threads)
     {
         [[maybe_unused]] typename Kind::Session session;
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic) nowait
         for (int64_t first = 0; first < w.rows; first += height)
             product_rows(w, first, static_cast<const typename Kind::Number*>(x), tokens, y, Kind());
     }
@@ -46,7 +48,7 @@ void gradient_parts(const Weight& w, const void* dy, int64_t tokens, int64_t dep
 #pragma omp parallel num_threads(threads)
     {
         [[maybe_unused]] typename Kind::Session session;
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic) nowait
         for (int64_t i = 0; i < tiles * count; ++i) {
             const int64_t part = i / tiles, start = i % tiles * Kind::TILE;
             if (start >= w.columns) continue;
@@ -65,14 +67,14 @@ void decode_tile(const Weight& w, int64_t row, int64_t rows, int64_t column, int
         const int64_t begin = row * columns, end = begin + rows * columns;
         const int64_t step = (int64_t(1) << 15) / w.blocksize * w.blocksize;
         const int64_t from = begin / step, to = (end + step - 1) / step;
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(dynamic, 2) num_threads(threads)
         for (int64_t i = from; i < to; ++i) {
             const int64_t a = std::max(begin, i * step), b = std::min(end, (i + 1) * step);
             decode<T>(w, code, a, b, out + (a - begin), dtype);
         }
         return;
     }
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(dynamic, 16) num_threads(threads)
     for (int64_t r = 0; r < rows; ++r) {
         const int64_t at = (row + r) * w.columns + column;
         decode<T>(w, code, at, at + columns, out + r * columns, dtype);
@@ -135,7 +137,7 @@ void nf4_input_gradient(const Weight* w, const void* dy, int64_t tokens, int64_t
 #endif
     sums(*w, dy, held, depth, parts, threads);
     const int64_t stride = up(w->columns, TILE), tiles = stride / TILE, count = up(w->rows, depth) / depth;
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(threads) if (tokens * stride * count > 1 << 18)
     for (int64_t i = 0; i < tokens * tiles; ++i) {
         const int64_t token = i / tiles, start = i % tiles * TILE, stop = std::min(w->columns, start + TILE);
         for (int64_t k = start; k < stop; ++k) {

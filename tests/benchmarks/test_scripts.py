@@ -72,6 +72,19 @@ def test_steps(tmp_path: Path):
     assert_result(result, {"peft + liger"})
 
 
+def test_nf4_cpu(tmp_path: Path):
+    data = run(
+        "nf4_cpu.py", "--model-tokens", "3", "--rank", "4", "--dtype", "float32", "--backend", "aot_eager",
+        "--peers", "base", out=tmp_path,
+    )  # fmt: skip
+    layer, model = data["results"]
+    assert layer["case"]["shape"] == "q,o"
+    assert model["case"]["model"] == "small"
+    for result in (layer, model):
+        assert_result(result, set())
+    assert data["nf4 on the CPU"]
+
+
 def test_a_layer_more_costs_what_the_second_of_two_added(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from steps import counted  # type: ignore[import-not-found]

@@ -223,15 +223,12 @@ def test_compiled_graphs_call_them(spec, more, monkeypatch):
     table = direct.functions()
     monkeypatch.setattr(direct, "functions", lambda: Recorded(table, called))
     model = build_model("llama", torch.float32, **ONE_LAYER["llama"])
-    rewrite.attach(model, spec)
-    disturb(model)
+    model = disturb(rewrite.compile(model, spec, dynamic=False))
     found = []
-    for compiled in (False, True):
-        if compiled:
-            model.compile(backend="rewrite", dynamic=False)
+    for call in (model.forward, model):
         torch.manual_seed(1)
         with torch._inductor.config.patch(fx_graph_cache=False, fallback_random=True):
-            found.append(step(model, model, batch("llama"))[1])
+            found.append(step(model, call, batch("llama"))[1])
     assert_same(*found, 1e-4)  # float32
     assert {"adapted_linear_core into", "low_rank_gradients in C++", more} <= set(called)
 
