@@ -67,14 +67,14 @@ void decode_tile(const Weight& w, int64_t row, int64_t rows, int64_t column, int
         const int64_t begin = row * columns, end = begin + rows * columns;
         const int64_t step = (int64_t(1) << 15) / w.blocksize * w.blocksize;
         const int64_t from = begin / step, to = (end + step - 1) / step;
-#pragma omp parallel for schedule(dynamic, 2) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(threads)
         for (int64_t i = from; i < to; ++i) {
             const int64_t a = std::max(begin, i * step), b = std::min(end, (i + 1) * step);
             decode<T>(w, code, a, b, out + (a - begin), dtype);
         }
         return;
     }
-#pragma omp parallel for schedule(dynamic, 16) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t r = 0; r < rows; ++r) {
         const int64_t at = (row + r) * w.columns + column;
         decode<T>(w, code, at, at + columns, out + r * columns, dtype);
