@@ -64,8 +64,8 @@ def _entry(name: str, args: Sequence[Any]) -> str:
         x, weight, layout, *_, skip = values  # type: ignore[misc]
         takes = operators.product_unsuitable(x, weight, layout, skip) is None
     elif name == "adapted_row_norms":
-        weight, layout, A, B, _, squares = values  # type: ignore[misc]
-        takes = operators.norms_serve(weight, layout, A, B, squares)
+        weight, layout, A, B, _ = values  # type: ignore[misc]
+        takes = operators.norms_serve(weight, layout, A, B)
     else:
         takes = name not in _NEVER
     return name if not takes else f"{name} into" if name in _INTO else f"{name} in C++"

@@ -30,7 +30,7 @@ def adapted_row_norms(weight: Sequence[Tensor], layout: str, A: Tensor, B: Tenso
     >>> adapted_row_norms([torch.eye(2)], "dense", torch.ones(1, 2), torch.tensor([[0.0], [3.0]]), 1.0)
     tensor([1., 5.])
     """
-    if operators.norms_serve(weight, layout, A, B, squares) and (cpu := operators.serving(*weight, A, B)):
+    if operators.norms_serve(weight, layout, A, B) and (cpu := operators.serving(*weight, A, B)):
         return cpu.adapted_row_norms(weight, layout, A, B, scale)
     W = parse_layout(layout).decode(*weight)
     wide = wide_dtype(W.dtype)

@@ -26,6 +26,12 @@ using at::IntArrayRef;
 using at::Tensor;
 using at::TensorList;
 
+// Products of PyTorch in here have no derivative and keep their dtype: the operators are below autograd and autocast.
+struct Below {
+    at::AutoDispatchBelowADInplaceOrView autograd;
+    c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
+};
+
 Tensor rows_of(const Tensor& x) {
     if (x.dim() == 2) return x;
     int64_t rows = 1;
@@ -118,6 +124,7 @@ void add_up(const Tensor& y, const std::optional<Tensor>& bias, std::vector<Term
 Tensor& adapted_linear_core_out(const Tensor& x, TensorList weight, c10::string_view,
                                 const std::optional<Tensor>& bias, TensorList h, TensorList B,
                                 at::ArrayRef<double> scale, IntArrayRef start, IntArrayRef, Tensor& out) {
+    const Below below;
     const Tensor& W = weight[0];
     std::vector<Term> terms{{rows_of(x), W.t(), 1.0, 0}};
     for (size_t i = 0; i < h.size(); ++i) terms.push_back({rows_of(h[i]), B[i].t(), scale[i], start[i]});
@@ -133,6 +140,7 @@ Tensor adapted_linear_core(const Tensor& x, TensorList weight, c10::string_view 
 }
 
 std::tuple<Tensor, Tensor> low_rank_gradients(const Tensor& dy, const Tensor& h, const Tensor& B, double scale) {
+    const Below below;
     const Tensor rows = rows_of(dy), low = rows_of(h);
     Tensor dh = at::empty(h.sizes(), h.options()), dB = at::empty(B.sizes(), B.options());
     Tensor dh_rows = dh.view(low.sizes());
@@ -151,6 +159,7 @@ std::tuple<Tensor, Tensor> low_rank_gradients(const Tensor& dy, const Tensor& h,
 }
 
 Tensor column_sums(const Tensor& a, const Tensor& b) {
+    const Below below;
     const Tensor x = rows_of(a), y = rows_of(b);
     if (!narrow_serves({&x, &y})) {
         const auto wide = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -163,8 +172,8 @@ Tensor column_sums(const Tensor& a, const Tensor& b) {
 }
 
 // `|W + scale * B A|` row by row, of float32; W is read once.
-Tensor adapted_row_norms(TensorList weight, c10::string_view, const Tensor& A, const Tensor& B, double scale,
-                         const std::optional<Tensor>&) {
+Tensor adapted_row_norms(TensorList weight, c10::string_view, const Tensor& A, const Tensor& B, double scale) {
+    const Below below;
     const Tensor& W = weight[0];
     Tensor product = at::empty(B.sizes(), B.options()), norms = at::empty({W.size(0)}, W.options());
     Branch branch = branch_of(A.size(0), 1.0);
@@ -201,6 +210,7 @@ Tensor masked(const Tensor& x, const int64_t* seed, double p) {
 }
 
 Tensor& dropout_out(const Tensor& x, const Tensor& seed, double p, Tensor& out) {
+    const Below below;
     const Tensor rows = rows_of(x);
     masked_out(rows, seed.const_data_ptr<int64_t>(), p, out.view(rows.sizes()));
     return out.mul_(scale_of(p));
@@ -228,6 +238,7 @@ Branch dropping(int64_t rank, const int64_t* seed, double p) {
 
 Tensor dropped_linear_core(const Tensor& x, const Tensor& A, const Tensor& seeds, IntArrayRef ranks,
                            at::ArrayRef<double> p) {
+    const Below below;
     const Tensor rows = rows_of(x), seed = seeds.contiguous();
     Tensor h = empty_like(x, A.size(0));
     const Tensor low = h.view({-1, A.size(0)});
@@ -272,6 +283,7 @@ void input_gradient(const Tensor& dx, const Tensor& dh, const Tensor& A, const T
 std::tuple<Tensor, Tensor> dropped_linear_gradients(const Tensor& given, const Tensor& x, const Tensor& A,
                                                     const Tensor& seeds, IntArrayRef ranks, at::ArrayRef<double> p,
                                                     bool input) {
+    const Below below;
     const Tensor rows = rows_of(x), dh = rows_of(given), seed = seeds.contiguous();
     Tensor dA = at::empty(A.sizes(), A.options());
     std::vector<Branch> branches;
@@ -296,6 +308,7 @@ std::tuple<Tensor, Tensor> dropped_linear_gradients(const Tensor& given, const T
 Tensor& sum_of_products_out(TensorList a, TensorList b, const std::optional<Tensor>& dh,
                             const std::optional<Tensor>& A, const std::optional<Tensor>& seed, IntArrayRef ranks,
                             at::ArrayRef<double> p, Tensor& out) {
+    const Below below;
     std::vector<Term> terms;
     for (size_t i = 0; i < a.size(); ++i) terms.push_back({a[i], b[i], 1.0, 0});
     if (!dh.has_value()) {
@@ -332,9 +345,7 @@ OPERATORS(REWRITE_NAMESPACE) {
     m.def("dropout.out" DROPOUT OUT);
     m.def("low_rank_gradients(Tensor dy, Tensor h, Tensor B, float scale) -> (Tensor, Tensor)");
     m.def("column_sums(Tensor a, Tensor b) -> Tensor");
-    m.def(
-        "adapted_row_norms(Tensor[] weight, str layout, Tensor A, Tensor B, float scale, Tensor? squares=None)"
-        " -> Tensor");
+    m.def("adapted_row_norms(Tensor[] weight, str layout, Tensor A, Tensor B, float scale) -> Tensor");
     m.def("dropped_linear_core(Tensor x, Tensor A, Tensor seed, int[] ranks, float[] p) -> Tensor");
     m.def(
         "dropped_linear_gradients(Tensor dh, Tensor x, Tensor A, Tensor seed, int[] ranks, float[] p, bool input)"

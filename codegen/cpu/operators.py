@@ -43,9 +43,9 @@ def serving(*tensors: Tensor) -> Any:
     return loaded() if plain and not torch.compiler.is_compiling() else None
 
 
-def norms_serve(weight: Sequence[Any], layout: str, A: Any, B: Any, squares: Any) -> bool:
+def norms_serve(weight: Sequence[Any], layout: str, A: Any, B: Any) -> bool:
     """Whether `adapted_row_norms` takes these: tensors, or what else has a dtype."""
-    return layout == "dense" and squares is None and all(t.dtype == torch.float32 for t in (weight[0], A, B))
+    return layout == "dense" and all(t.dtype == torch.float32 for t in (weight[0], A, B))
 
 
 def product_unsuitable(x: Any, weight: Sequence[Any], layout: str, skip: Sequence[int]) -> str | None:

@@ -86,7 +86,7 @@ def test_adapted_row_norms(cpu, rows, columns, rank):
     W, A, B = numbers(rows, columns), numbers(rank, columns), numbers(rows, rank)
     expected = (W.double() + 0.75 * B.double() @ A.double()).norm(dim=1)
     for weight in laid_out(W)[:2]:
-        found = cpu.adapted_row_norms([weight], "dense", A, B, 0.75, None)
+        found = cpu.adapted_row_norms([weight], "dense", A, B, 0.75)
         torch.testing.assert_close(found.double(), expected, rtol=3e-6, atol=1e-6)
 
 
@@ -257,3 +257,19 @@ def test_without_the_library_a_buffer_is_filled_all_the_same(monkeypatch):
         assert table["low_rank_gradients in C++"] is branches.low_rank_gradients
     finally:
         direct.functions.cache_clear()
+
+
+def test_autocast_does_not_reach_into_them(cpu):
+    W, A, B, x = numbers(30, 20), numbers(4, 20), numbers(30, 4), numbers(7, 20)
+    args = x, [W], "dense", None, [numbers(7, 4)], [B], [0.5], [0], []
+    calls = (
+        lambda: cpu.adapted_row_norms([W], "dense", A, B, 0.5),
+        lambda: cpu.adapted_linear_core(*args),
+        lambda: cpu.low_rank_gradients(x.double(), numbers(7, 4).double(), A.t().double(), 0.5)[0],
+    )
+    for call in calls:
+        torch.manual_seed(0)
+        plain = call()
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(call(), plain, rtol=0, atol=0)
