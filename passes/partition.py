@@ -32,7 +32,7 @@ _R = TypeVar("_R", bound=keep.Rule)
 
 
 class Partitioner(CustomPartitionerFn):
-    """`pin_static`, `accumulate` and `columns`, then PyTorch's min-cut partition; `record.counts` is what it found."""
+    """`pin_static` and `accumulate`, PyTorch's min-cut partition, then `columns`; `record.counts` is what it found."""
 
     def __init__(
         self, record: GraphRecord, thorough: bool = False, decompositions: encode.Decompositions | None = None
@@ -49,7 +49,6 @@ class Partitioner(CustomPartitionerFn):
         plain = self._default(gm, joint_inputs, **kwargs) if self.thorough else {}
         plain |= {"gradients": self._gradients(gm, outputs)} if self.thorough else {}
         self._run(lambda: accumulate.accumulate(gm.graph))
-        self._run(lambda: columns.columns(gm.graph))
         if self._rules(Recomputed):
             self._run(lambda: recompute.recompute(gm.graph))
         kwargs.setdefault("compiler", "inductor")
@@ -60,6 +59,8 @@ class Partitioner(CustomPartitionerFn):
         if self._rules(Encoded):
             args = forward, backward, outputs, self.record.rules, self.record, names, self.decompositions
             self._run(lambda: encode.encode(*args))
+        self._run(lambda: columns.columns(backward.graph))
+        backward.recompile()
         self.record.counts = self._counts(forward, backward, outputs) | plain
         return forward, backward
 
