@@ -3,7 +3,6 @@
 - `rewrite::low_rank_gradients(dy, h, B, scale)`   the gradients of `scale * h B'`, both from one read of dy
 - `rewrite::sum_of_products(a, b, ...)`            `a_0 b_0 + a_1 b_1 + ...`, summed in place: an input's gradient
 - `rewrite::factor_gradient(dy, h)`                that of B alone, where h has none: a slice of a frozen layer's input
-- `rewrite::column_sums(a, b)`                     `a * b` summed over rows: the gradient of a scale of every output
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from rewrite.codegen.costs import register_flops_of_results
 from rewrite.codegen.cpu import operators
 from rewrite.codegen.dropout import add_input_gradient
 from rewrite.codegen.kernels import gradients, linear, outer_product
-from rewrite.codegen.tensors import as_rows, wide_dtype
+from rewrite.codegen.tensors import as_rows
 
 Tensor = torch.Tensor
 _lib = torch.library.Library("rewrite", "FRAGMENT")
@@ -28,7 +27,6 @@ _lib.define(
     " float[] p=[]) -> Tensor"
 )
 _lib.define("factor_gradient(Tensor dy, Tensor h) -> Tensor")
-_lib.define("column_sums(Tensor a, Tensor b) -> Tensor")
 
 
 def add_branches(
@@ -110,16 +108,6 @@ def sum_of_products(
     return out
 
 
-def column_sums(a: Tensor, b: Tensor) -> Tensor:
-    """`a * b`, each (..., N), summed over all rows, in float32 at least: (N,)."""
-    if cpu := operators.serving(a, b):
-        return cpu.column_sums(a, b)
-    x, y, wide = as_rows(a), as_rows(b), wide_dtype(a.dtype)
-    return (x.to(wide) * y.to(wide)).sum(0).to(a.dtype)
-
-
-_lib.impl("column_sums", column_sums, "CompositeExplicitAutograd")
-torch.library.register_fake("rewrite::column_sums", lambda a, b: a.new_empty(a.shape[-1]), lib=_lib)
 _lib.impl("low_rank_gradients", low_rank_gradients, "CompositeExplicitAutograd")
 _lib.impl("low_rank_gradients", _gradients_cuda, "CUDA")
 _lib.impl("sum_of_products", sum_of_products, "CompositeExplicitAutograd")

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map_only
 
-from rewrite.codegen import branches, dropout, ops, row_norms
+from rewrite.codegen import branches, columns, dropout, ops, row_norms
 from rewrite.codegen.below import BELOW
 from rewrite.codegen.cpu import operators
 
@@ -26,7 +26,8 @@ _PYTHON: dict[str, Callable[..., Any]] = {
     "low_rank_gradients": branches.low_rank_gradients,
     "sum_of_products": branches.sum_of_products,
     "factor_gradient": branches.factor_gradient,
-    "column_sums": branches.column_sums,
+    "column_sums": columns.column_sums,
+    "scaled_low_rank_gradients": columns.scaled_low_rank_gradients,
     "dropout": dropout.dropped,
     "dropped_linear_core": dropout.linear,
     "dropped_linear_gradients": dropout.linear_gradients,
@@ -126,3 +127,10 @@ def install() -> None:
         for overload in {operator, BELOW.get(operator, operator)}:
             lowering.make_fallback(overload, layout_constraint=lowering.constrain_to_fake_tensors, warn=False)
             lowering.lowerings[overload] = functools.partial(lowered, overload)
+
+    def quotient(a: ir.TensorBox, b: ir.TensorBox) -> ir.TensorBox:
+        result = lowering.lowerings[torch.ops.aten.div.Tensor](a, b)
+        result.realize()
+        return result
+
+    lowering.lowerings[torch.ops.rewrite.quotient.default] = quotient

@@ -59,8 +59,9 @@ class Partitioner(CustomPartitionerFn):
         if self._rules(Encoded):
             args = forward, backward, outputs, self.record.rules, self.record, names, self.decompositions
             self._run(lambda: encode.encode(*args))
-        self._run(lambda: columns.columns(backward.graph))
-        backward.recompile()
+        for part in (forward, backward):
+            self._run(lambda part=part: columns.columns(part.graph))
+            part.recompile()
         self.record.counts = self._counts(forward, backward, outputs) | plain
         return forward, backward
 

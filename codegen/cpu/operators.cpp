@@ -84,9 +84,10 @@ void set_gradient(Branch& branch, const Tensor& columns_by_rank) {
     branch.gradient_rank = columns_by_rank.stride(1);
 }
 
-void run(const Tensor& x, const std::vector<Branch>& branches, float* squares = nullptr) {
+void run(const Tensor& x, const std::vector<Branch>& branches, float* squares = nullptr,
+         const Scaling* scaling = nullptr) {
     products(x.const_data_ptr<float>(), x.stride(0), x.size(0), x.size(1), branches.data(),
-             static_cast<int>(branches.size()), squares, at::get_num_threads());
+             static_cast<int>(branches.size()), squares, scaling, at::get_num_threads());
 }
 
 // --- layers --------------------------------------------------------------------------------------------------------
@@ -139,18 +140,23 @@ Tensor adapted_linear_core(const Tensor& x, TensorList weight, c10::string_view 
     return adapted_linear_core_out(x, weight, layout, bias, h, B, scale, start, skip, out);
 }
 
+// dh = scale * X B and dB = scale * X' h.
+Branch gradients_of(const Tensor& h, const Tensor& B, double scale, const Tensor& dh, const Tensor& dB) {
+    Branch branch = branch_of(B.size(1), scale);
+    set_factor(branch, B);
+    set_low(branch, h);
+    set_product(branch, dh);
+    set_gradient(branch, dB);
+    return branch;
+}
+
 std::tuple<Tensor, Tensor> low_rank_gradients(const Tensor& dy, const Tensor& h, const Tensor& B, double scale) {
     const Below below;
     const Tensor rows = rows_of(dy), low = rows_of(h);
     Tensor dh = at::empty(h.sizes(), h.options()), dB = at::empty(B.sizes(), B.options());
     Tensor dh_rows = dh.view(low.sizes());
     if (narrow_serves({&rows, &low, &B})) {
-        Branch branch = branch_of(B.size(1), scale);
-        set_factor(branch, B);
-        set_low(branch, low);
-        set_product(branch, dh_rows);
-        set_gradient(branch, dB);
-        run(rows, {branch});
+        run(rows, {gradients_of(low, B, scale, dh_rows, dB)});
     } else {
         at::addmm_out(dh_rows, dh_rows, rows, B, 0, scale);
         at::addmm_out(dB, dB, rows.t(), low, 0, scale);
@@ -171,6 +177,26 @@ Tensor column_sums(const Tensor& a, const Tensor& b) {
     return out;
 }
 
+// The gradients of `d * (y + scale * h B')` with respect to what is scaled, d, h and B.
+std::tuple<Tensor, Tensor, Tensor, Tensor> scaled_low_rank_gradients(const Tensor& dy, const Tensor& y, const Tensor& d,
+                                                                     const Tensor& h, const Tensor& B, double scale) {
+    const Below below;
+    const Tensor rows = rows_of(dy), other = rows_of(y), low = rows_of(h), by = d.reshape(-1);
+    if (!narrow_serves({&rows, &other, &low, &B}) || by.scalar_type() != at::kFloat) {
+        const Tensor dz = at::mul(dy, d);
+        auto [dh, dB] = low_rank_gradients(dz, h, B, scale);
+        return {dz, column_sums(dy, y), dh, dB};
+    }
+    const int parts = parts_of(rows.size(0), at::get_num_threads());
+    Tensor dz = at::empty(dy.sizes(), dy.options()), sums = at::empty({parts, by.size(0)}, dy.options());
+    Tensor dh = at::empty(h.sizes(), h.options()), dB = at::empty(B.sizes(), B.options());
+    const Tensor scaled = dz.view(rows.sizes()), columns = by.contiguous();
+    const Scaling scaling{columns.const_data_ptr<float>(), other.const_data_ptr<float>(), other.stride(0),
+                          scaled.data_ptr<float>(),        scaled.stride(0),              sums.data_ptr<float>()};
+    run(rows, {gradients_of(low, B, scale, dh.view(low.sizes()), dB)}, nullptr, &scaling);
+    return {dz, parts > 1 ? sums.sum(0) : sums.view({-1}), dh, dB};
+}
+
 // `|W + scale * B A|` row by row, of float32; W is read once.
 Tensor adapted_row_norms(TensorList weight, c10::string_view, const Tensor& A, const Tensor& B, double scale) {
     const Below below;
@@ -181,18 +207,8 @@ Tensor adapted_row_norms(TensorList weight, c10::string_view, const Tensor& A, c
     set_product(branch, product);
     float* out = norms.data_ptr<float>();
     run(W, {branch}, out);  // |W|^2 there, to begin with
-    const Tensor inner = at::mm(B, at::mm(A, A.t()));
-    const Tensor low = B.contiguous();
-    const float *b = low.const_data_ptr<float>(), *p = product.const_data_ptr<float>(),
-                *q = inner.const_data_ptr<float>();
-    const float s = static_cast<float>(scale);
-    const int64_t rank = B.size(1);
-    for (int64_t row = 0; row < W.size(0); ++row, b += rank, p += rank, q += rank) {
-        float update = 0;
-        for (int64_t r = 0; r < rank; ++r) update += b[r] * (2 * p[r] + s * q[r]);
-        out[row] = std::sqrt(std::max(out[row] + s * update, 0.0f));
-    }
-    return norms;
+    Tensor update = at::addmm(product, B, at::mm(A, A.t()), 2, scale).mul_(B).sum(1);
+    return norms.add_(update, scale).clamp_min_(0).sqrt_();
 }
 
 // --- dropout -------------------------------------------------------------------------------------------------------
@@ -345,6 +361,9 @@ OPERATORS(REWRITE_NAMESPACE) {
     m.def("dropout.out" DROPOUT OUT);
     m.def("low_rank_gradients(Tensor dy, Tensor h, Tensor B, float scale) -> (Tensor, Tensor)");
     m.def("column_sums(Tensor a, Tensor b) -> Tensor");
+    m.def(
+        "scaled_low_rank_gradients(Tensor dy, Tensor y, Tensor d, Tensor h, Tensor B, float scale)"
+        " -> (Tensor, Tensor, Tensor, Tensor)");
     m.def("adapted_row_norms(Tensor[] weight, str layout, Tensor A, Tensor B, float scale) -> Tensor");
     m.def("dropped_linear_core(Tensor x, Tensor A, Tensor seed, int[] ranks, float[] p) -> Tensor");
     m.def(
@@ -361,6 +380,7 @@ KERNELS(REWRITE_NAMESPACE) {
     m.impl("dropout.out", dropout_out);
     m.impl("low_rank_gradients", low_rank_gradients);
     m.impl("column_sums", static_cast<Tensor (*)(const Tensor&, const Tensor&)>(column_sums));
+    m.impl("scaled_low_rank_gradients", scaled_low_rank_gradients);
     m.impl("adapted_row_norms", adapted_row_norms);
     m.impl("dropped_linear_core", dropped_linear_core);
     m.impl("dropped_linear_gradients", dropped_linear_gradients);

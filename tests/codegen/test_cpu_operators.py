@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import rewrite
-from rewrite.codegen import branches, direct, dropout, masks, ops, row_norms
+from rewrite.codegen import branches, columns, direct, dropout, masks, ops, row_norms
 from rewrite.codegen.cpu import build, operators
 from tests.models import ONE_LAYER, assert_same, batch, disturb, step
 from tests.models import build as build_model
@@ -79,6 +79,20 @@ def test_column_sums(cpu, rows, columns, dtype):
     for x, y in zip(laid_out(a), laid_out(b), strict=True):
         each = a.double() * b.double()
         assert_sum(cpu.column_sums(x, y), each.sum(0), each.abs().sum(0), rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "columns", "rank"), SIZES)
+def test_scaled_low_rank_gradients(cpu, rows, columns, rank, dtype):
+    dy, y = numbers(rows, columns, dtype=dtype), numbers(rows, columns, dtype=dtype)
+    d, h, B = (numbers(*s, dtype=dtype) for s in ((columns,), (rows, rank), (columns, rank)))
+    for given, other, low in zip(laid_out(dy), laid_out(y), laid_out(h), strict=True):
+        dz, dd, dh, dB = cpu.scaled_low_rank_gradients(given, other, d, low, B, 0.75)
+        torch.testing.assert_close(dz, dy * d, rtol=0, atol=0)
+        each = dy.double() * y.double()
+        assert_sum(dd, each.sum(0), each.abs().sum(0), rows)
+        assert_sum(dh, 0.75 * product(dz, B)[0], product(dz, B)[1], columns)
+        assert_sum(dB, 0.75 * product(dz.t(), h)[0], product(dz.t(), h)[1], rows)
 
 
 @pytest.mark.parametrize(("rows", "columns", "rank"), SIZES)
@@ -186,7 +200,8 @@ def test_eager_operators_come_here(monkeypatch):
     def results() -> list[Tensor]:
         return [
             *branches.low_rank_gradients(dy, h, B, 0.5),
-            branches.column_sums(dy, dy),
+            columns.column_sums(dy, dy),
+            *columns.scaled_low_rank_gradients(dy, dy + 1, B[:, 0], h, B, 0.5),
             branches.sum_of_products([dy], [W]),
             row_norms.adapted_row_norms([W], "dense", A, B, 0.5),
             dropout.dropped(dy, seed[:1], 0.25),
@@ -210,14 +225,14 @@ def test_what_is_not_taken():
 
 
 @pytest.mark.parametrize(
-    ("spec", "more"),
+    ("spec", "expected"),
     [
-        ("lora(r=3)@linear-head", "sum_of_products into"),
-        ("lora(r=3, dropout=0.2)@linear-head", "dropped_linear_core in C++"),
-        ("dora(r=3)@linear-head", "adapted_row_norms in C++"),
+        ("lora(r=3)@linear-head", {"sum_of_products into", "low_rank_gradients in C++"}),
+        ("lora(r=3, dropout=0.2)@linear-head", {"dropped_linear_core in C++", "low_rank_gradients in C++"}),
+        ("dora(r=3)@linear-head", {"adapted_row_norms in C++", "scaled_low_rank_gradients in C++"}),
     ],
 )
-def test_compiled_graphs_call_them(spec, more, monkeypatch):
+def test_compiled_graphs_call_them(spec, expected, monkeypatch):
     """Through Inductor: large results in buffers of the graph, and the numbers of an eager step."""
     called: list[str] = []
     table = direct.functions()
@@ -230,7 +245,7 @@ def test_compiled_graphs_call_them(spec, more, monkeypatch):
         with torch._inductor.config.patch(fx_graph_cache=False, fallback_random=True):
             found.append(step(model, call, batch("llama"))[1])
     assert_same(*found, 1e-4)  # float32
-    assert {"adapted_linear_core into", "low_rank_gradients in C++", more} <= set(called)
+    assert {"adapted_linear_core into", *expected} <= set(called)
 
 
 class Recorded(dict):
