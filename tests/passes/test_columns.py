@@ -120,7 +120,8 @@ def test_inductor_divides_once_for_all_rows():
     x, m, n = torch.randn(6, 40), torch.randn(40), torch.rand(40) + 1
     found, (source,) = run_and_get_code(torch.compile(scaled, dynamic=False), x, m, n)
     torch.testing.assert_close(found, scaled(x, m, n))
-    assert source.count(" = async_compile.cpp") == 2  # the quotient has a kernel of its own
+    divided, stored, used = source.index(" / "), source.index(".store(out_ptr0"), source.index(".sin()")
+    assert divided < stored < used
 
 
 @pytest.mark.parametrize("spec", ["dora(r=3)@linear", "ia3@ffn.up"])
