@@ -102,10 +102,12 @@ struct Term {
 // cost, while a narrow one after it would have to read and write the output once more.
 void add_up(const Tensor& y, const std::optional<Tensor>& bias, std::vector<Term> terms) {
     const int64_t columns = y.size(1);
-    std::stable_sort(terms.begin(), terms.end(), [&](const Term& one, const Term& other) {
-        const bool part = one.b.size(1) < columns, other_part = other.b.size(1) < columns;
-        return part != other_part ? other_part : one.a.size(1) < other.a.size(1);
-    });
+    // Only in float32, which is what is fast here: other dtypes keep the order of an eager layer, to the bit.
+    if (y.scalar_type() == at::kFloat)
+        std::stable_sort(terms.begin(), terms.end(), [&](const Term& one, const Term& other) {
+            const bool part = one.b.size(1) < columns, other_part = other.b.size(1) < columns;
+            return part != other_part ? other_part : one.a.size(1) < other.a.size(1);
+        });
     bool first = true;
     for (const Term& term : terms) {
         if (!first) {
