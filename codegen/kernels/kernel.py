@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -151,7 +151,10 @@ class Kernel:
         return _function(self)
 
     def launch(self, *tensors: Any, config: Config | None = None, **sizes: int) -> None:
-        """Run the kernel over its arguments, sizes last, on their device; `config` is chosen where it is not given."""
+        """Run the kernel over its arguments, sizes last, on their device; `config` is chosen where it is not given.
+
+        Numbers among the arguments are sizes.
+        """
         first: torch.Tensor = tensors[0]
         device, on_gpu = first.device, first.is_cuda
         if on_gpu and device.index != torch.cuda.current_device():
@@ -164,21 +167,56 @@ class Kernel:
             launch(arguments)
 
 
-@dataclass(frozen=True)
 class _Launch:
-    """A kernel with everything about its launch but the arguments."""
+    """A kernel with everything about its launch but the arguments.
 
-    kernel: Kernel
-    config: Config
-    start: Callable[..., Any]
-    options: Mapping[str, Any]
+    Triton looks up by the arguments what it has compiled for them: by their types, which the kernel states, by the
+    sizes, which are those of the launch, and by whether addresses are multiples of 16.  Where all of them are, as but
+    for some views they are, only the first call goes that way; its look-up takes longer than all the rest of a call.
+    """
+
+    def __init__(self, kernel: Kernel, config: Config, device: torch.device, grid: tuple[int, ...]) -> None:
+        self.kernel, self.config, self.device = kernel, config, device.index
+        self.grid = (*grid, 1, 1)[:3]
+        self.start = kernel.function[grid]
+        options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": kernel.fp_fusion}
+        self.options = {**dict(config.tiles), **options}
+        self.constants = tuple(size for _, size in config.tiles)
+        self.compiled: Any = None
 
     def __call__(self, arguments: Sequence[Any]) -> None:
+        addresses = 0
+        for each in arguments:
+            if isinstance(each, torch.Tensor):
+                addresses |= each.data_ptr()
+        if addresses % 16:
+            self._looked_up(arguments)
+        elif self.compiled is None:
+            self.compiled = self._looked_up(arguments)
+        else:
+            self._at_once(self.compiled, (*arguments, *self.constants))
+
+    def _looked_up(self, arguments: Sequence[Any]) -> Any:
         compiled = self.start(*arguments, **self.options)
         if os.environ.get("REWRITE_DUMP"):
             from rewrite.codegen.kernels import dump
 
             dump.kernel(self.kernel, self.config, compiled)
+        return compiled
+
+    def _at_once(self, compiled: Any, arguments: Sequence[Any]) -> None:
+        """As `triton.runtime.jit.JITFunction.run` does when it has found the compiled kernel; profilers hook in too."""
+        runtime, stream = _runtime(), torch._C._cuda_getCurrentRawStream(self.device)
+        said = compiled.launch_metadata(self.grid, stream, *arguments)
+        hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
+        compiled.run(*self.grid, stream, compiled.function, compiled.packed_metadata, said, *hooks, *arguments)
+
+
+@functools.cache
+def _runtime() -> Any:
+    from triton import knobs
+
+    return knobs.runtime
 
 
 @plans.kept
@@ -189,10 +227,7 @@ def _launch(
     if config is None:
         config = kernel.choose(_legal(kernel, device), **dict(sizes))
     grid = kernel.grid(config, **dict(sizes))
-    if 0 in grid:
-        return None
-    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": kernel.fp_fusion}
-    return _Launch(kernel, config, kernel.function[grid], {**dict(config.tiles), **options})
+    return None if 0 in grid else _Launch(kernel, config, device, grid)
 
 
 def _fastest(

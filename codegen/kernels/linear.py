@@ -56,7 +56,7 @@ class Sum:
         """By the kernel, into out (M, N), contiguous."""
         kernel = self.kernel()
         pairs = [t for pair in zip(self.a, self.b, strict=True) for t in pair]
-        kernel.launch(*pairs, *self.others, out, *kernel.lengths.values(), M=self.M)
+        kernel.launch(*pairs, *self.others, out, **kernel.lengths, M=self.M)
 
     def accumulated(self, out: Tensor) -> None:
         """By cuBLAS: the first product, then each of the others added in place."""
