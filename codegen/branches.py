@@ -43,11 +43,9 @@ def low_rank_gradients(dy: Tensor, h: Tensor, B: Tensor, scale: float) -> tuple[
     if cpu := operators.serving(dy, h, B):
         return cpu.low_rank_gradients(dy, h, B, scale)
     rows, low = as_rows(dy), as_rows(h)
-    dh, dB = rows @ B, rows.t() @ low
-    if scale != 1.0:
-        dh *= scale
-        dB *= scale
-    return dh.view(h.shape), dB
+    # Products with a factor: what they would be added to counts nothing.
+    dh = torch.addmm(low, rows, B, beta=0, alpha=scale)
+    return dh.view(h.shape), torch.addmm(B, rows.t(), low, beta=0, alpha=scale)
 
 
 def _gradients_cuda(dy: Tensor, h: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -99,7 +97,7 @@ def sum_of_products(
     if not out.is_cuda:  # narrow ones first, to which wide ones add at no cost
         a, b = zip(*sorted(zip(a, b, strict=True), key=lambda pair: pair[0].shape[1]), strict=True)
     total = linear.Sum(a, b, [1.0] * len(a), [0] * len(a))
-    if out.is_cuda and total.supports() is None:
+    if out.is_cuda:
         linear.into(out, total)
     else:
         total.accumulated(out)

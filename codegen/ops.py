@@ -129,8 +129,8 @@ def routed_core(x, weight, layout, *rest):
         # Two parts of W are two products, and one more pass over the output than the whole W and a difference.
         whole = [B[0] - weight[0][:, skip[0] : skip[1]].to(B[0].dtype), *B[1:]]
         return routed_core(x, weight, layout, bias, h, whole, scale, start, [])
-    if route := routes.of_product(x, weight, layout, *rest):
-        return route.product(x, weight, layout, *rest)
+    if (found := routes.product(x, weight, layout, *rest)) is not None:
+        return found
     if layout != "dense":
         return routed_core(x, [decode(weight, layout).to(x.dtype)], "dense", *rest)
     return _core(x, weight, layout, *rest)
@@ -225,9 +225,8 @@ def _sliced_gradients(dy, W, h, B, start):
 
 
 def routed_input_gradient(dy, weight, layout):
-    if route := routes.of_input_gradient(dy, weight, layout):
-        return route.input_gradient(dy, weight, layout)
-    return _input_gradient_core(dy, weight, layout)
+    found = routes.input_gradient(dy, weight, layout)
+    return _input_gradient_core(dy, weight, layout) if found is None else found
 
 
 def _input_gradient_fake(dy, weight, layout):

@@ -20,39 +20,38 @@ Tensor = torch.Tensor
 
 
 class Route(Protocol):
-    """The arguments are those of `rewrite::adapted_linear_core` and of `rewrite::linear_input_gradient`."""
+    """The arguments are those of `rewrite::adapted_linear_core` and of `rewrite::linear_input_gradient`.
 
-    def supports_product(self, x: Tensor, weight: Sequence[Tensor], layout: str, *rest: Any) -> str | None:
-        """Why the route does not compute this product, or None."""
+    One look at the arguments answers both whether a route computes a call, and by which kernel.
+    """
+
+    def product(self, x: Tensor, weight: Sequence[Tensor], layout: str, *rest: Any) -> Tensor | str:
+        """`x W' + bias + sum of scale * h B'`, (..., d_out); or why the route does not compute it."""
         ...
 
-    def product(self, x: Tensor, weight: Sequence[Tensor], layout: str, *rest: Any) -> Tensor:
-        """`x W' + bias + sum of scale * h B'`, (..., d_out)."""
-        ...
-
-    def supports_input_gradient(self, dy: Tensor, weight: Sequence[Tensor], layout: str) -> str | None:
-        """Why the route does not compute this gradient, or None."""
-        ...
-
-    def input_gradient(self, dy: Tensor, weight: Sequence[Tensor], layout: str) -> Tensor:
-        """`dy W`, (..., d_in)."""
+    def input_gradient(self, dy: Tensor, weight: Sequence[Tensor], layout: str) -> Tensor | str:
+        """`dy W`, (..., d_in); or why the route does not compute it."""
         ...
 
 
 ROUTES: dict[str, tuple[Route, ...]] = {"cpu": (cpu_nf4_linear, cpu_operators), "cuda": (nf4_linear, linear)}
-"""The routes of each type of device; the first that supports a product computes it."""
+"""The routes of each type of device; the first that takes a product computes it."""
 
 
-def of_product(x: Tensor, weight: Sequence[Tensor], layout: str, *rest: Any) -> Route | None:
-    """The route that computes a fused product, None where only the reference does."""
-    routes = ROUTES[x.device.type]
-    return next((r for r in routes if r.supports_product(x, weight, layout, *rest) is None), None)
+def product(x: Tensor, weight: Sequence[Tensor], layout: str, *rest: Any) -> Tensor | None:
+    """A fused product by a route of the device, None where only the reference computes it."""
+    for route in ROUTES[x.device.type]:
+        if not isinstance(found := route.product(x, weight, layout, *rest), str):
+            return found
+    return None
 
 
-def of_input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> Route | None:
-    """The route that computes the gradient of a frozen linear layer's input, None where only the reference does."""
-    routes = ROUTES[dy.device.type]
-    return next((r for r in routes if r.supports_input_gradient(dy, weight, layout) is None), None)
+def input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> Tensor | None:
+    """The gradient of a frozen linear layer's input by a route, None where only the reference computes it."""
+    for route in ROUTES[dy.device.type]:
+        if not isinstance(found := route.input_gradient(dy, weight, layout), str):
+            return found
+    return None
 
 
 _STORED = {("nf4", "cpu"): cpu_nf4.route, ("nf4", "cuda"): nf4_linear.route}

@@ -14,14 +14,11 @@ from rewrite.codegen.cpu import nf4
 Tensor = torch.Tensor
 
 
-def supports_product(x: Tensor, weight: Sequence[Tensor], layout: str, *rest: Any) -> str | None:
-    """Why the kernels do not compute a product, or None."""
-    return _unsuitable(weight, layout) or ("columns that are left out" if rest[-1] else None)
-
-
-def product(x: Tensor, weight: Sequence[Tensor], layout: str, *rest: Any) -> Tensor:
-    """`x W' + bias + sum of scale * h B'`, (..., d_out)."""
-    bias, h, B, scale, start, _ = rest
+def product(x: Tensor, weight: Sequence[Tensor], layout: str, *rest: Any) -> Tensor | str:
+    """`x W' + bias + sum of scale * h B'`, (..., d_out); or why the kernels do not compute it."""
+    bias, h, B, scale, start, skip = rest
+    if reason := _unsuitable(weight, layout) or ("columns that are left out" if skip else None):
+        return reason
     packed, rows = _packed(weight, layout), x.reshape(-1, x.shape[-1])
     out = x.new_empty(*x.shape[:-1], packed.shape[0])
     y = out.view(-1, packed.shape[0])
@@ -30,13 +27,10 @@ def product(x: Tensor, weight: Sequence[Tensor], layout: str, *rest: Any) -> Ten
     return out
 
 
-def supports_input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> str | None:
-    """Why the kernels do not compute this gradient, or None."""
-    return _unsuitable(weight, layout)
-
-
-def input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> Tensor:
-    """`dy W`, (..., d_in)."""
+def input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> Tensor | str:
+    """`dy W`, (..., d_in); or why the kernels do not compute it."""
+    if reason := _unsuitable(weight, layout):
+        return reason
     packed = _packed(weight, layout)
     return packed.input_gradient(dy.reshape(-1, dy.shape[-1])).view(*dy.shape[:-1], packed.shape[1])
 

@@ -57,22 +57,15 @@ def product_unsuitable(x: Any, weight: Sequence[Any], layout: str, skip: Sequenc
     return None if weight[0].dtype == x.dtype else f"a weight of {weight[0].dtype} for {x.dtype}"
 
 
-def supports_product(x: Tensor, weight: Sequence[Tensor], layout: str, *rest: Any) -> str | None:
-    """Why the operators do not compute a product, or None."""
-    reason = product_unsuitable(x, weight, layout, rest[-1])
-    return reason or (None if serving(x, *weight) is not None else kernels().refusal() or "a tensor of another class")
+def product(x: Tensor, weight: Sequence[Tensor], layout: str, *rest: Any) -> Tensor | str:
+    """`x W' + bias + sum of scale * h B'`, (..., d_out); or why the operators do not compute it."""
+    if reason := product_unsuitable(x, weight, layout, rest[-1]):
+        return reason
+    if (cpu := serving(x, *weight)) is None:
+        return kernels().refusal() or "a tensor of another class"
+    return cpu.adapted_linear_core(x, weight, layout, *rest)
 
 
-def product(x: Tensor, weight: Sequence[Tensor], layout: str, *rest: Any) -> Tensor:
-    """`x W' + bias + sum of scale * h B'`, (..., d_out)."""
-    return loaded().adapted_linear_core(x, weight, layout, *rest)
-
-
-def supports_input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> str | None:
-    """Why the operators do not compute this gradient: it is one product."""
+def input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> Tensor | str:
+    """Why the operators do not compute this gradient."""
     return "one product of PyTorch"
-
-
-def input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> Tensor:
-    """`dy W`, (..., d_in)."""
-    raise NotImplementedError

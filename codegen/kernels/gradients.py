@@ -152,9 +152,13 @@ LARGE = 4 << 20
 """Bytes of dy from which one read of it is worth two launches; below, products in the L2 cache are as fast."""
 
 
-@plans.by_layout
 def supports(dy: Tensor, h: Tensor, B: Tensor) -> str | None:
     """Why PyTorch's operators are taken instead, or None."""
+    return f"dy of {dy.nbytes:,} bytes" if dy.nbytes < LARGE else _unsupported(dy, h, B)
+
+
+@plans.by_layout
+def _unsupported(dy: Tensor, h: Tensor, B: Tensor) -> str | None:
     if reason := unusable(dy.device):
         return reason
     if any(t.dtype != dy.dtype for t in (h, B)):
@@ -164,8 +168,6 @@ def supports(dy: Tensor, h: Tensor, B: Tensor) -> str | None:
     (M, N), rank = dy.shape, h.shape[1]
     if (reason := kernel_of(dy, h, B, Split(128, STEP)).supports()) is not None:
         return reason
-    if dy.nbytes < LARGE:
-        return f"dy of {dy.nbytes:,} bytes"
     split = Split.of(M, N, rank, multiprocessors(dy.device))
     if split.traffic(M, N, rank) > WORTH * dy.nbytes:
         return f"rank {rank}: the parts would take {split.traffic(M, N, rank):,} bytes beside a dy of {dy.nbytes:,}"

@@ -182,13 +182,13 @@ class _Launch:
         options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": kernel.fp_fusion}
         self.options = {**dict(config.tiles), **options}
         self.constants = tuple(size for _, size in config.tiles)
+        self.pointers = sum(of.startswith("*") for of in kernel.arguments().values())
         self.compiled: Any = None
 
     def __call__(self, arguments: Sequence[Any]) -> None:
         addresses = 0
-        for each in arguments:
-            if isinstance(each, torch.Tensor):
-                addresses |= each.data_ptr()
+        for tensor in arguments[: self.pointers]:
+            addresses |= tensor.data_ptr()
         if addresses % 16:
             self._looked_up(arguments)
         elif self.compiled is None:
@@ -205,11 +205,13 @@ class _Launch:
         return compiled
 
     def _at_once(self, compiled: Any, arguments: Sequence[Any]) -> None:
-        """As `triton.runtime.jit.JITFunction.run` does when it has found the compiled kernel; profilers hook in too."""
+        """As `triton.runtime.jit.JITFunction.run` does when it has found what is compiled; hooks are for profilers."""
         runtime, stream = _runtime(), torch._C._cuda_getCurrentRawStream(self.device)
-        said = compiled.launch_metadata(self.grid, stream, *arguments)
-        hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
-        compiled.run(*self.grid, stream, compiled.function, compiled.packed_metadata, said, *hooks, *arguments)
+        before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+        before, after = (hook if getattr(hook, "calls", True) else None for hook in (before, after))
+        said = compiled.launch_metadata(self.grid, stream, *arguments) if before or after else None
+        given = compiled.function, compiled.packed_metadata, said, before, after
+        compiled.run(*self.grid, stream, *given, *arguments)
 
 
 @functools.cache

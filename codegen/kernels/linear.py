@@ -56,7 +56,7 @@ class Sum:
         """By the kernel, into out (M, N), contiguous."""
         kernel = self.kernel()
         pairs = [t for pair in zip(self.a, self.b, strict=True) for t in pair]
-        kernel.launch(*pairs, *self.others, out, **kernel.lengths, M=self.M)
+        kernel.launch(*pairs, *self.others, out, config=None, **kernel.lengths, M=self.M)
 
     def accumulated(self, out: Tensor) -> None:
         """By cuBLAS: the first product, then each of the others added in place."""
@@ -70,8 +70,8 @@ class Sum:
 
     def slower(self) -> str | None:
         """Why the kernel is not expected to beat cuBLAS, or None: what it saves is the traffic of later products."""
-        if self.M * self.N < FULL * 128 * 128:
-            return f"{self.M} x {self.N} outputs: too few for tiles of 128 x 128 on every multiprocessor"
+        if reason := _few(self.M, self.N):
+            return reason
         product = sum(2 * self.M * a.shape[1] * b.shape[1] for a, b in zip(self.a, self.b, strict=True)) / FLOPS
         traffic = sum(2 * self.M * b.shape[1] for b in self.b[1:]) * self.a[0].itemsize / BANDWIDTH
         needed = product / (product + traffic)
@@ -108,11 +108,21 @@ def _unsupported(
     return _kernel(a, b, scale, start, *others).supports()
 
 
+def _few(M: int, N: int) -> str | None:
+    """Why a kernel does not fill the device, or None: asked first, it costs no look-up."""
+    if M * N >= FULL * 128 * 128:
+        return None
+    return f"{M} x {N} outputs: too few for tiles of 128 x 128 on every multiprocessor"
+
+
 def into(out: Tensor, total: Sum) -> None:
-    """Compute a sum that the kernel supports by the faster of its two ways: timed, or expected."""
+    """Compute a sum by the faster of its two ways, timed or expected; by cuBLAS where there is no kernel."""
+    timed = out.is_cuda and tune.wanted()
+    if (not timed and total.slower()) or total.supports():
+        return total.accumulated(out)
     ways: dict[str, Callable[[Tensor], None]] = {"cuBLAS": total.accumulated, "fused": total.fused}
     chosen = "fused" if total.slower() is None else "cuBLAS"
-    if out.device.type == "cuda" and tune.wanted():
+    if timed:
         chosen = tune.fastest(total.key(), list(ways), lambda way: ways[way](out), chosen)
     ways[chosen](out)
 
@@ -122,8 +132,8 @@ def _sum(x: Tensor, weight: Sequence[Tensor], bias: Any, h: Any, B: Any, scale: 
     return Sum(a, [t.t() for t in (weight[0], *B)], [1.0, *scale], [0, *start], bias)
 
 
-def supports_product(x: Tensor, weight: Sequence[Tensor], layout: str, *rest: Any) -> str | None:
-    """Why this route leaves a product to the next one, or None."""
+def product(x: Tensor, weight: Sequence[Tensor], layout: str, *rest: Any) -> Tensor | str:
+    """`x W' + bias + sum of scale * h B'`, (..., d_out), in one pass over it; or why that is left to the next route."""
     bias, h, B, scale, start, skip = rest
     if layout != "dense" or skip:
         return "columns of the weight are left out" if layout == "dense" else f"the weight is stored as {layout}"
@@ -131,7 +141,13 @@ def supports_product(x: Tensor, weight: Sequence[Tensor], layout: str, *rest: An
         return "no branch"
     if x.numel() == 0 or x.shape[-1] <= NARROW:
         return f"{x.numel() // max(x.shape[-1], 1)} rows of {x.shape[-1]} values"
-    return _unsuitable(x, weight, bias, h, B, scale, start, tune.wanted())
+    if not (timed := tune.wanted()) and (reason := _few(x.numel() // x.shape[-1], weight[0].shape[0])):
+        return reason
+    if reason := _unsuitable(x, weight, bias, h, B, scale, start, timed):
+        return reason
+    out = x.new_empty(*x.shape[:-1], weight[0].shape[0])
+    into(out.view(-1, out.shape[-1]), _sum(x, weight, bias, h, B, scale, start))
+    return out
 
 
 @plans.by_layout
@@ -142,19 +158,6 @@ def _unsuitable(
     return total.supports() or (None if timed else total.slower())
 
 
-def product(x: Tensor, weight: Sequence[Tensor], layout: str, *rest: Any) -> Tensor:
-    """`x W' + bias + sum of scale * h B'`, (..., d_out), in one pass over it."""
-    bias, h, B, scale, start, _ = rest
-    out = x.new_empty(*x.shape[:-1], weight[0].shape[0])
-    into(out.view(-1, out.shape[-1]), _sum(x, weight, bias, h, B, scale, start))
-    return out
-
-
-def supports_input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> str | None:
-    """Why this route leaves an input gradient to the next one: a single product is cuBLAS's."""
+def input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> Tensor | str:
+    """Why this route leaves an input gradient to the next one."""
     return "one product: cuBLAS"
-
-
-def input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> Tensor:
-    """`dy W`, (..., d_in)."""
-    return torch.matmul(dy, weight[0])

@@ -117,55 +117,70 @@ class Nf4Linear(Kernel):
         return min(configs, key=lambda c: (-(-sizes["M"] // c["BLOCK_M"]), c["BLOCK_M"]))
 
 
-def supports_product(x: Tensor, weight: Sequence[Tensor], layout: str, *rest: Any) -> str | None:
-    """Why the product of `rewrite::adapted_linear_core` is not one of few rows with an NF4 weight, or None."""
+@dataclass(frozen=True)
+class Planned:
+    """What one layout of the tensors decides: the kernel, its sums split where there are too few tiles for the device.
+
+    `chunks` are those of a part of the sums, `shape` is that of the result.
+    """
+
+    kernel: Nf4Linear
+    chunks: int
+    M: int
+    shape: tuple[int, ...]
+
+    def fused(self, x: Tensor, weight: Sequence[Tensor], extra: Sequence[Tensor]) -> Tensor:
+        """The product by the kernel, `extra` as `_operands` has them."""
+        out, kernel = x.new_empty(self.shape), self.kernel
+        if not self.M:
+            return out
+        x = x.contiguous()
+        if kernel.splits == 1:
+            kernel.launch(x, *weight, *extra, out, M=self.M, chunks=self.chunks)
+            return out
+        parts = x.new_empty(kernel.splits, self.M, kernel.width, dtype=torch.float32)
+        kernel.launch(x, *weight, *extra, parts, M=self.M, chunks=self.chunks)
+        sum_of_parts((1.0,), x.dtype).launch(parts, out, count0=kernel.splits, elements0=self.M * kernel.width)
+        return out
+
+    def faster(self, x: Tensor, fused: Callable[[], Tensor], whole: Callable[[], Tensor]) -> Tensor:
+        """By the kernel, or after decoding the whole weight: what is expected, or was timed, to be faster."""
+        ways = {"fused": fused, "whole": whole}
+        chosen = "fused" if self.M <= FUSED_ROWS else "whole"
+        if self.M > SURELY_FUSED_ROWS and x.is_cuda and tune.wanted():
+            key = self.kernel, x.device, self.M.bit_length()
+            chosen = tune.fastest(key, list(ways), lambda way: ways[way](), chosen)
+        return ways[chosen]()
+
+
+def product(x: Tensor, weight: Sequence[Tensor], layout: str, *rest: Any) -> Tensor | str:
+    """`x W' + bias + sum of scale * h B'`, (..., d_out), decoding tiles of W on their way; or why that is not done."""
     if reason := _too_long(x, layout):
         return reason
-    planned = _product_kernel(x, weight, layout, *rest)
-    return planned if isinstance(planned, str) else None
-
-
-def product(x: Tensor, weight: Sequence[Tensor], layout: str, *rest: Any) -> Tensor:
-    """`x W' + bias + sum of scale * h B'`, (..., d_out), decoding tiles of W on their way."""
-    kernel = _product_kernel(x, weight, layout, *rest)
-    assert isinstance(kernel, Nf4Linear), kernel
+    planned = _product(x, weight, layout, *rest)
+    if isinstance(planned, str):
+        return planned
     bias, h, B, *_ = rest
 
     def whole() -> Tensor:
         w = storage.layout(layout).decode(*weight).to(x.dtype)
         return torch.ops.rewrite.adapted_linear_core(x, [w], "dense", *rest)
 
-    return _by_the_faster(kernel, x, lambda: _fused(kernel, x, weight, _operands(bias, h, B)), whole)
+    return planned.faster(x, lambda: planned.fused(x, weight, _operands(bias, h, B)), whole)
 
 
-def supports_input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> str | None:
-    """Why the gradient of `rewrite::linear_input_gradient` is not one of few rows with an NF4 weight, or None."""
+def input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> Tensor | str:
+    """`dy W`, (..., d_in), decoding tiles of W on their way; or why that is not done."""
     if reason := _too_long(dy, layout):
         return reason
-    planned = _gradient_kernel(dy, weight, layout)
-    return planned if isinstance(planned, str) else None
-
-
-def input_gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> Tensor:
-    """`dy W`, (..., d_in), decoding tiles of W on their way."""
-    kernel = _gradient_kernel(dy, weight, layout)
-    assert isinstance(kernel, Nf4Linear), kernel
+    planned = _gradient(dy, weight, layout)
+    if isinstance(planned, str):
+        return planned
 
     def whole() -> Tensor:
         return torch.matmul(dy, storage.layout(layout).decode(*weight).to(dy.dtype))
 
-    return _by_the_faster(kernel, dy, lambda: _fused(kernel, dy, weight, []), whole)
-
-
-def _by_the_faster(kernel: Nf4Linear, x: Tensor, fused: Callable[[], Tensor], whole: Callable[[], Tensor]) -> Tensor:
-    """A product by the kernel, or after decoding the whole weight: what is expected, or was timed, to be faster."""
-    M = math.prod(x.shape[:-1])
-    ways = {"fused": fused, "whole": whole}
-    chosen = "fused" if M <= FUSED_ROWS else "whole"
-    if M > SURELY_FUSED_ROWS and x.device.type == "cuda" and tune.wanted():
-        key = kernel, x.device, M.bit_length()
-        chosen = tune.fastest(key, list(ways), lambda way: ways[way](), chosen)
-    return ways[chosen]()
+    return planned.faster(dy, lambda: planned.fused(dy, weight, []), whole)
 
 
 def route() -> str:
@@ -200,19 +215,18 @@ def _kernel(x: Tensor, weight: Sequence[Tensor], layout: str, gradient: bool, **
 
 
 @plans.by_layout
-def _gradient_kernel(dy: Tensor, weight: Sequence[Tensor], layout: str) -> Nf4Linear | str:
-    """The kernel of an input gradient, or why there is none."""
+def _gradient(dy: Tensor, weight: Sequence[Tensor], layout: str) -> Planned | str:
+    """What an input gradient comes by, or why there is no kernel."""
     if reason := _unreadable(dy, weight, layout):
         return reason
-    kernel = _kernel(dy, weight, layout, gradient=True)
-    return kernel.supports() or kernel
+    return _planned(_kernel(dy, weight, layout, gradient=True), dy)
 
 
 @plans.by_layout
-def _product_kernel(
+def _product(
     x: Tensor, weight: Sequence[Tensor], layout: str, bias: Any, h: Any, B: Any, scale: Any, start: Any, skip: Any
-) -> Nf4Linear | str:
-    """The kernel of a product, or why there is none."""
+) -> Planned | str:
+    """What a product comes by, or why there is no kernel."""
     if reason := _unreadable(x, weight, layout):
         return reason
     operands = _operands(bias, h, B)
@@ -221,8 +235,7 @@ def _product_kernel(
     pairs = operands[bias is not None :]
     each = zip(pairs[::2], pairs[1::2], scale, start, strict=True)
     terms = tuple(Term.of(hi, Bi.t(), float(si), int(at), Bi.shape[0]) for hi, Bi, si, at in each)
-    kernel = _kernel(x, weight, layout, gradient=False, bias=bias is not None, terms=terms)
-    return kernel.supports() or kernel
+    return _planned(_kernel(x, weight, layout, gradient=False, bias=bias is not None, terms=terms), x)
 
 
 def _operands(bias: Tensor | None, h: Sequence[Tensor], B: Sequence[Tensor]) -> list[Tensor]:
@@ -234,24 +247,12 @@ def _operands(bias: Tensor | None, h: Sequence[Tensor], B: Sequence[Tensor]) -> 
     return found
 
 
-def _fused(kernel: Nf4Linear, x: Tensor, weight: Sequence[Tensor], extra: Sequence[Tensor]) -> Tensor:
-    """Launch the kernel, its sums split where there are too few tiles for the device."""
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    M, out = rows.shape[0], x.new_empty(*x.shape[:-1], kernel.width)
-    if not M:
-        return out
-    kernel, chunks = _planned(kernel, M, x.device)
-    parts = out if kernel.splits == 1 else x.new_empty(kernel.splits, M, kernel.width, dtype=torch.float32)
-    kernel.launch(rows, *weight, *extra, parts, M=M, chunks=chunks)
-    if kernel.splits > 1:
-        sum_of_parts((1.0,), x.dtype).launch(parts, out, count0=kernel.splits, elements0=out.numel())
-    return out
-
-
-@plans.kept
-def _planned(kernel: Nf4Linear, M: int, device: torch.device) -> tuple[Nf4Linear, int]:
-    splits, chunks = split(kernel, M, device)
-    return dataclasses.replace(kernel, splits=splits), chunks
+def _planned(kernel: Nf4Linear, x: Tensor) -> Planned | str:
+    if reason := kernel.supports():
+        return reason
+    M = math.prod(x.shape[:-1])
+    splits, chunks = split(kernel, M, x.device) if M else (1, 1)
+    return Planned(dataclasses.replace(kernel, splits=splits), chunks, M, (*x.shape[:-1], kernel.width))
 
 
 def split(kernel: Nf4Linear, M: int, device: torch.device) -> tuple[int, int]:

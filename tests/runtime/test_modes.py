@@ -14,7 +14,7 @@ from functorch.compile import make_boxed_func  # pyright: ignore[reportPrivateIm
 from torch._inductor import compile_fx, config
 
 import rewrite
-from rewrite.codegen.kernels import tune
+from rewrite.codegen.kernels import plans, tune
 from rewrite.passes.partition import Partitioner
 from rewrite.passes.record import GraphRecord
 from rewrite.runtime.compiled import settings
@@ -76,12 +76,16 @@ def test_a_mode_changes_no_number_on_a_cpu(backend: str):
 def test_max_autotune_asks_for_timed_kernels(compiles: Compiles, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tune, "_asked", False)
     monkeypatch.delenv("REWRITE_AUTOTUNE", raising=False)
+    plans.forget()  # it is read once
     for mode, timed in (("default", False), ("max-autotune-no-cudagraphs", True)):
         model = rewrite.compile(build("small"), "lora(r=4)@linear", mode=mode, dynamic=False)
         step(model, model, batch("small"))
         assert tune.wanted() == timed
-    monkeypatch.setenv("REWRITE_AUTOTUNE", "0")  # has the last word
-    assert not tune.wanted()
+    monkeypatch.setenv("REWRITE_AUTOTUNE", "0")
+    plans.forget()
+    assert not tune.wanted()  # it has the last word
+    monkeypatch.undo()
+    plans.forget()
 
 
 def test_an_unknown_mode_is_an_error_that_names_the_choices():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rewrite.codegen import ops
-from rewrite.codegen.kernels import linear
+from rewrite.codegen import ops  # noqa: F401  (defines the operators)
+from rewrite.codegen.kernels import linear, tune
 from rewrite.codegen.kernels.products import SumOfProducts, Term
 from rewrite.codegen.kernels.target import SM80, SM90
 from tests.codegen.kernels.bounds import assert_rounded
@@ -51,9 +51,9 @@ def check(out: Tensor, arguments) -> None:
 @pytest.mark.parametrize("shape", [(2, 17, K), (1, K)], ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_product(rows, shape, bias, device, monkeypatch):
-    monkeypatch.setattr(linear.Sum, "slower", lambda self: None)
+    monkeypatch.setattr(linear, "FULL", 0)
+    monkeypatch.setattr(linear, "EFFICIENCY", 1.0)
     arguments = case(shape, rows, torch.bfloat16, device, bias)
-    assert linear.supports_product(*arguments) is None
     check(linear.product(*arguments), arguments)
 
 
@@ -131,10 +131,11 @@ def test_scales_are_exact_in_float32(device):
     ],
     ids=lambda value: "" if isinstance(value, str) else "".join(value) or "small",
 )
-def test_reasons(change, reason):
+def test_reasons(change, reason, monkeypatch):
+    monkeypatch.setattr(tune, "_asked", "too few" not in reason)  # which is asked first, where nothing is timed
     names = ["x", "weight", "layout", "bias", "h", "B", "scale", "start", "skip"]
     arguments = dict(zip(names, case((3, K), BRANCHES["whole"], torch.bfloat16, "cpu"), strict=True)) | change
-    assert linear.supports_product(*arguments.values()) == reason
+    assert linear.product(*arguments.values()) == reason
 
 
 def test_what_is_expected_to_be_faster():
@@ -152,8 +153,7 @@ def test_what_is_expected_to_be_faster():
 
 def test_tuning_times_both_ways(device, monkeypatch):
     arguments = case((64, K), BRANCHES["whole"], torch.bfloat16, device)
-    monkeypatch.setenv("REWRITE_AUTOTUNE", "1")
-    assert linear.supports_product(*arguments) is None
+    monkeypatch.setattr(tune, "_asked", True)
     torch.testing.assert_close(linear.product(*arguments).double(), exact(*arguments), rtol=0.02, atol=0.3)
 
 
@@ -180,4 +180,3 @@ def test_on_a_gpu_the_operator_takes_the_route(monkeypatch):
     arguments = case((2048, 1024), [(0, 4096, 16, 2.0)], torch.bfloat16, "cuda", K=1024, N=4096)
     check(torch.ops.rewrite.adapted_linear_core(*arguments), arguments)
     assert len(taken) == 1
-    assert ops.routes.of_product(*arguments) is linear

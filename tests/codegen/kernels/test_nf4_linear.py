@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from rewrite.codegen import nf4, ops, routes  # noqa: F401  (ops defines the operators)
-from rewrite.codegen.kernels import nf4_linear
+from rewrite.codegen.kernels import nf4_linear, tune
 from rewrite.codegen.kernels.target import SM90
 from rewrite.codegen.storage import Nf4
 
@@ -36,10 +36,8 @@ def close(found, exact, size, dtype):
 def test_few_rows(M, nested, device):
     stored_, layout, w = stored((72, 160), device, nested=nested)
     x = torch.randn(M, 160, device=device).bfloat16()
-    assert nf4_linear.supports_product(x, stored_, layout, None, [], [], [], [], []) is None
     close(nf4_linear.product(x, stored_, layout, None, [], [], [], [], []), x.double() @ w.t(), 160, torch.bfloat16)
     dy = torch.randn(M, 72, device=device).bfloat16()
-    assert nf4_linear.supports_input_gradient(dy, stored_, layout) is None
     close(nf4_linear.input_gradient(dy, stored_, layout), dy.double() @ w, 72, torch.bfloat16)
 
 
@@ -84,7 +82,6 @@ def test_branches(bias, splits, device, monkeypatch):
     B0, B1 = torch.randn(N, 20, device=device).bfloat16(), torch.randn(4, 30, device=device).bfloat16().t()
     b = torch.randn(N, device=device).bfloat16() if bias else None
     arguments = (x, stored_, layout, b, [h0, h1], [B0, B1], [0.3, -2.0], [0, 50], [])
-    assert nf4_linear.supports_product(*arguments) is None
     exact = F.linear(x.double(), w, None if b is None else b.double()) + 0.3 * h0.double() @ B0.double().t()
     exact += F.pad(-2.0 * h1.double() @ B1.double().t(), (50, N - 80))
     close(nf4_linear.product(*arguments), exact, K, torch.bfloat16)
@@ -106,7 +103,8 @@ def test_reasons(device):
     x = torch.randn(3, 96, device=device).bfloat16()
 
     def reason(x=x, stored_=stored_, layout=layout, bias=None, h=(), B=()):
-        return nf4_linear.supports_product(x, stored_, layout, bias, h, B, [1.0] * len(h), [0] * len(h), [])
+        found = nf4_linear.product(x, stored_, layout, bias, h, B, [1.0] * len(h), [0] * len(h), [])
+        return found if isinstance(found, str) else None
 
     assert reason() is None
     assert reason(layout="dense") == "not an NF4 weight"
@@ -155,17 +153,16 @@ def test_the_parts_of_a_split_sum_take_no_more_than_the_decoded_weight(shape, gr
 
 
 def test_what_is_timed_is_the_faster_of_both_ways(device, monkeypatch):
-    """More rows than are fused untimed: `REWRITE_AUTOTUNE` lets the route have them, and both ways agree."""
+    """More rows than are fused untimed: where kernels are timed the route has them, and both ways agree."""
     stored_, layout, w = stored((40, 96), device)
     x = torch.randn(nf4_linear.FUSED_ROWS + 1, 96, device=device).bfloat16()
     rest = (None, [], [], [], [], [])
-    assert nf4_linear.supports_product(x, stored_, layout, *rest) is not None
-    monkeypatch.setenv("REWRITE_AUTOTUNE", "1")
-    assert nf4_linear.supports_product(x, stored_, layout, *rest) is None
+    assert "more than 256 rows" in nf4_linear.product(x, stored_, layout, *rest)
+    monkeypatch.setattr(tune, "_asked", True)
     y = nf4_linear.product(x, stored_, layout, *rest)
     close(y, x.double() @ w.t(), 96, torch.bfloat16)
-    kernel = nf4_linear._product_kernel(x, stored_, layout, *rest)
-    close(nf4_linear._fused(kernel, x, stored_, []), x.double() @ w.t(), 96, torch.bfloat16)
+    planned = nf4_linear._product(x, stored_, layout, *rest)
+    close(planned.fused(x, stored_, []), x.double() @ w.t(), 96, torch.bfloat16)
 
 
 @pytest.mark.gpu

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from rewrite.codegen import nf4
-from rewrite.codegen.kernels import dropout, gradients, linear, nf4_linear, plans
-from rewrite.codegen.kernels.kernel import Kernel
+from rewrite.codegen.kernels import dropout, gradients, kernel, linear, nf4_linear, plans, tune
+from rewrite.codegen.kernels.kernel import Config, Kernel
 from rewrite.codegen.kernels.products import SumOfProducts, Term
 from rewrite.codegen.storage import Nf4
 
@@ -46,16 +47,14 @@ def nf4_product(device: torch.device) -> None:
     stored, layout = [packed.codes, packed.absmax], str(Nf4((72, 288), torch.bfloat16, 32))
     branch = [values(1, 3, device=device)], [values(72, 3, device=device)], [2.0], [0], []
     arguments = (values(1, 288, device=device), stored, layout, None, *branch)
-    assert nf4_linear.supports_product(*arguments) is None
-    nf4_linear.product(*arguments)
+    assert not isinstance(nf4_linear.product(*arguments), str)
     dy = values(1, 72, device=device)
-    assert nf4_linear.supports_input_gradient(dy, stored, layout) is None
-    nf4_linear.input_gradient(dy, stored, layout)
+    assert not isinstance(nf4_linear.input_gradient(dy, stored, layout), str)
 
 
 def dense_product(device: torch.device) -> None:
     x, h, W, B = (values(*shape, device=device) for shape in ((5, 136), (5, 3), (72, 136), (72, 3)))
-    linear.supports_product(x, [W], "dense", None, [h], [B], [2.0], [0], [])
+    linear.product(x, [W], "dense", None, [h], [B], [2.0], [0], [])
     total = linear.Sum([x, h], [W.t(), B.t()], [1.0, 2.0], [0, 0])
     assert total.supports() is None
     total.fused(x.new_empty(5, 72))
@@ -125,11 +124,9 @@ def test_layouts_beyond_what_is_kept_are_planned_again(monkeypatch):
 def test_autotuning_that_is_asked_for_later_is_heard(device, monkeypatch):
     x, h, W, B = (values(*shape, device=device) for shape in ((5, 136), (5, 3), (72, 136), (72, 3)))
     arguments = (x, [W], "dense", None, [h], [B], [2.0], [0], [])
-    assert "too few" in (linear.supports_product(*arguments) or "")
-    monkeypatch.setenv("REWRITE_AUTOTUNE", "1")
-    assert linear.supports_product(*arguments) is None
-    monkeypatch.delenv("REWRITE_AUTOTUNE")
-    assert "too few" in (linear.supports_product(*arguments) or "")
+    for asked in (False, True, False):
+        monkeypatch.setattr(tune, "_asked", asked)
+        assert isinstance(linear.product(*arguments), Tensor if asked else str)
 
 
 def test_a_hash_is_of_all_fields_and_computed_once(monkeypatch):
@@ -143,3 +140,46 @@ def test_a_hash_is_of_all_fields_and_computed_once(monkeypatch):
     one = kernel(2.0)
     assert hash(one) == hash(one)
     assert len(hashed) == 2
+
+
+class Compiled:
+    """Stands in for what Triton has compiled for the arguments of a launch."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self) -> None:
+        self.runs: list[tuple] = []
+
+    def launch_metadata(self, grid, stream, *arguments):
+        return "said"
+
+    def run(self, *arguments):
+        self.runs.append(arguments)
+
+
+def test_what_is_compiled_for_aligned_arguments_is_launched_without_a_look_up(monkeypatch):
+    looked_up, compiled = [], Compiled()
+
+    class Function:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: looked_up.append((grid, arguments, options)) or compiled
+
+    monkeypatch.setattr(SumOfProducts, "function", Function())
+    hooks = SimpleNamespace(launch_enter_hook=SimpleNamespace(calls=[]), launch_exit_hook=None)
+    monkeypatch.setattr(kernel, "_runtime", lambda: hooks)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: f"stream of {index}", raising=False)
+    one = SumOfProducts(72, (Term(136, 136, 1, 136),), False, torch.bfloat16)
+    config = Config.of(warps=8, stages=3, BLOCK_M=32, BLOCK_N=64, BLOCK_K=128)
+    launch = kernel._Launch(one, config, torch.device("cuda", 1), (4,))
+    options = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
+    memory = torch.zeros(64, dtype=torch.bfloat16)
+    assert memory.data_ptr() % 16 == 0
+    first, second, apart = ((*memory.split(16)[:3], 136, 5), (*memory.split(8)[:3], 136, 5), (*memory[1:4], 136, 5))
+    for arguments in (apart, first, second, apart, first):
+        launch(arguments)
+    assert looked_up == [((4,), arguments, options) for arguments in (apart, first, apart)]
+    start = 4, 1, 1, "stream of 1", "function", "metadata"
+    assert compiled.runs == [(*start, None, None, None, *each, 32, 64, 128) for each in (second, first)]
+    hooks.launch_enter_hook.calls.append("a profiler's")
+    launch(first)
+    assert compiled.runs[-1] == (*start, "said", hooks.launch_enter_hook, None, *first, 32, 64, 128)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -31,9 +32,19 @@ def total(x, out, N: tl.constexpr):
 """
 
 
+@dataclass(frozen=True)
+class Own(SumOfParts):
+    """Functions of this module's own."""
+
+    which: str = ""
+
+    @property
+    def function(self) -> Any:
+        return getattr(template.load("watched", SOURCE), self.which)
+
+
 def run(name: str, arguments: Sequence[Any], programs: int = 1) -> None:
-    start = getattr(template.load("watched", SOURCE), name)[(programs,)]
-    _Launch(SumOfParts((1.0,), torch.float32), Config.of(), start, {"N": 16})(arguments)
+    _Launch(Own((1.0,), torch.float32, name), Config.of(N=16), torch.device("cpu"), (programs,))(arguments)
 
 
 def test_what_is_right_passes():
