@@ -27,7 +27,6 @@ _PYTHON: dict[str, Callable[..., Any]] = {
     "sum_of_products": branches.sum_of_products,
     "factor_gradient": branches.factor_gradient,
     "column_sums": columns.column_sums,
-    "scaled_low_rank_gradients": columns.scaled_low_rank_gradients,
     "dropout": dropout.dropped,
     "dropped_linear_core": dropout.linear,
     "dropped_linear_gradients": dropout.linear_gradients,

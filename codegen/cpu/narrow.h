@@ -283,36 +283,6 @@ void squares_of(const float* x, int64_t x_row, int rows, int width, float* squar
     }
 }
 
-// X is a matrix with its columns scaled, which is written too, beside sums over rows of that matrix times another one.
-struct Scaling {
-    const float* by;  // of every column
-    const float* other;
-    int64_t other_row;
-    float* scaled;
-    int64_t scaled_row;
-    float* sums;  // of every part of the rows and every column
-};
-
-// A block of X as `Scaling` has it, with zeros below.
-void scaled_tile(const float* x, int64_t x_row, int rows, int64_t row, int64_t column, int width,
-                 const Scaling& scaling, float* sums, float* tile) {
-    std::memset(tile + rows * WIDTH, 0, (ROWS - rows) * WIDTH * sizeof(float));
-    const float* by = scaling.by + column;
-    for (int i = 0; i < rows; ++i) {
-        const float* from = x + i * x_row;
-        const float* other = scaling.other + (row + i) * scaling.other_row + column;
-        float* to = scaling.scaled + (row + i) * scaling.scaled_row + column;
-        float* held = tile + i * WIDTH;
-#pragma GCC ivdep
-        for (int n = 0; n < width; ++n) {
-            const float value = from[n] * by[n];
-            sums[column + n] += from[n] * other[n];
-            held[n] = value;
-            to[n] = value;
-        }
-    }
-}
-
 // What one thread holds, from call to call: its rows of L and of X F padded to whole vectors, its part of X' L.
 struct Work {
     std::vector<float> low, sums, factor, gradient;
@@ -364,7 +334,7 @@ void in_groups(int64_t vectors, Each each) {
 }
 
 void narrow(const float* x, int64_t x_row, int64_t first, int64_t last, int64_t columns, const Branch* branches,
-            int count, const int64_t* at, float* squares, float* partial, const Scaling* scaling, float* sums) {
+            int count, const int64_t* at, float* squares, float* partial) {
     Work& work = Work::of_thread();
     const int64_t rows = last - first, all_rows = padded(rows, ROWS), ranks = at[count];
     work.low.assign(all_rows * ranks, 0);
@@ -386,13 +356,12 @@ void narrow(const float* x, int64_t x_row, int64_t first, int64_t last, int64_t 
             const float* given = x + (first + i) * x_row + column;
             const float* next = i + 2 * ROWS <= rows ? given + ROWS * x_row : nullptr;
             if (squares) squares_of(given, x_row, block, width, squares + first + i);
-            if (scaling) scaled_tile(given, x_row, block, first + i, column, width, *scaling, sums, tile);
             for (int b = 0; b < count; ++b) {
                 const Branch& branch = branches[b];
                 const bool copied = branch.seed || block < ROWS;
-                if (copied && !scaling) masked_tile(given, x_row, block, first + i, column, width, branch, tile);
-                const float* from = copied || scaling ? tile : given;
-                const int64_t from_row = copied || scaling ? WIDTH : x_row;
+                if (copied) masked_tile(given, x_row, block, first + i, column, width, branch, tile);
+                const float* from = copied ? tile : given;
+                const int64_t from_row = copied ? WIDTH : x_row;
                 in_groups((at[b + 1] - at[b]) / LANES, [&](int64_t v, auto vectors) {
                     const int64_t r = at[b] + v * LANES;
                     if (branch.product)
@@ -489,15 +458,9 @@ void finish(const Branch& branch, const float* partial, int parts, int64_t colum
         }
 }
 
-// How many parts the rows are split into.
-int parts_of(int64_t rows, int32_t threads) {
-    return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, rows / ROWS)));
-}
-
-// What the branches ask for, and the sums of squares of rows where `squares` is not null, in one pass over x; X is x as
-// `scaling` has it, if it is not null, and then there is one branch without a seed.
+// What the branches ask for, and the sums of squares of rows where `squares` is not null, in one pass over x.
 void products(const float* x, int64_t x_row, int64_t rows, int64_t columns, const Branch* branches, int32_t count,
-              float* squares, const Scaling* scaling, int32_t threads) {
+              float* squares, int32_t threads) {
     std::vector<int64_t> at{0};  // where the ranks of a branch begin, in padded ranks
     bool gradients = false;
     for (int b = 0; b < count; ++b) {
@@ -505,20 +468,18 @@ void products(const float* x, int64_t x_row, int64_t rows, int64_t columns, cons
         gradients |= branches[b].gradient != nullptr;
     }
     const int64_t ranks = at.back();
-    const int parts = parts_of(rows, threads);
+    const int parts = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, rows / ROWS)));
     thread_local std::vector<float> sums;  // of the calling thread
     if (gradients && static_cast<int64_t>(sums.size()) < parts * columns * ranks) sums.resize(parts * columns * ranks);
     float* partial = sums.data();
     if (squares) std::fill_n(squares, rows, 0.0f);
-    if (scaling) std::fill_n(scaling->sums, parts * columns, 0.0f);
 #pragma omp parallel num_threads(parts)
     {
 #pragma omp for schedule(static)
         for (int part = 0; part < parts; ++part) {
             const int64_t first = share(rows, part, parts), last = std::min(rows, share(rows, part + 1, parts));
             narrow(x, x_row, first, last, columns, branches, count, at.data(), squares,
-                   gradients ? partial + part * columns * ranks : nullptr, scaling,
-                   scaling ? scaling->sums + part * columns : nullptr);
+                   gradients ? partial + part * columns * ranks : nullptr);
         }
 #pragma omp for schedule(static)
         for (int64_t column = 0; column < columns; column += WIDTH)
@@ -532,7 +493,7 @@ void products(const float* x, int64_t x_row, int64_t rows, int64_t columns, cons
 // out (columns) = the sums over rows of a * b.
 void column_sums(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t rows, int64_t columns,
                         float* out, int32_t threads) {
-    const int parts = parts_of(rows, threads);
+    const int parts = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, rows / ROWS)));
     std::vector<float> partial(parts * columns, 0);
 #pragma omp parallel for num_threads(parts) schedule(static)
     for (int part = 0; part < parts; ++part)

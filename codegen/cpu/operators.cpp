@@ -84,10 +84,9 @@ void set_gradient(Branch& branch, const Tensor& columns_by_rank) {
     branch.gradient_rank = columns_by_rank.stride(1);
 }
 
-void run(const Tensor& x, const std::vector<Branch>& branches, float* squares = nullptr,
-         const Scaling* scaling = nullptr) {
+void run(const Tensor& x, const std::vector<Branch>& branches, float* squares = nullptr) {
     products(x.const_data_ptr<float>(), x.stride(0), x.size(0), x.size(1), branches.data(),
-             static_cast<int>(branches.size()), squares, scaling, at::get_num_threads());
+             static_cast<int>(branches.size()), squares, at::get_num_threads());
 }
 
 // --- layers --------------------------------------------------------------------------------------------------------
@@ -177,26 +176,6 @@ Tensor column_sums(const Tensor& a, const Tensor& b) {
     column_sums(x.const_data_ptr<float>(), x.stride(0), y.const_data_ptr<float>(), y.stride(0), x.size(0), x.size(1),
                 out.data_ptr<float>(), at::get_num_threads());
     return out;
-}
-
-// The gradients of `d * (y + scale * h B')` with respect to what is scaled, d, h and B.
-std::tuple<Tensor, Tensor, Tensor, Tensor> scaled_low_rank_gradients(const Tensor& dy, const Tensor& y, const Tensor& d,
-                                                                     const Tensor& h, const Tensor& B, double scale) {
-    const Below below;
-    const Tensor rows = rows_of(dy), other = rows_of(y), low = rows_of(h), by = d.reshape(-1);
-    if (!narrow_serves({&rows, &other, &low, &B}) || by.scalar_type() != at::kFloat) {
-        const Tensor dz = at::mul(dy, d);
-        auto [dh, dB] = low_rank_gradients(dz, h, B, scale);
-        return {dz, column_sums(dy, y), dh, dB};
-    }
-    const int parts = parts_of(rows.size(0), at::get_num_threads());
-    Tensor dz = at::empty(dy.sizes(), dy.options()), sums = at::empty({parts, by.size(0)}, dy.options());
-    Tensor dh = at::empty(h.sizes(), h.options()), dB = at::empty(B.sizes(), B.options());
-    const Tensor scaled = dz.view(rows.sizes()), columns = by.contiguous();
-    const Scaling scaling{columns.const_data_ptr<float>(), other.const_data_ptr<float>(), other.stride(0),
-                          scaled.data_ptr<float>(),        scaled.stride(0),              sums.data_ptr<float>()};
-    run(rows, {gradients_of(low, B, scale, dh.view(low.sizes()), dB)}, nullptr, &scaling);
-    return {dz, parts > 1 ? sums.sum(0) : sums.view({-1}), dh, dB};
 }
 
 // `|W + scale * B A|` row by row, of float32; W is read once.
@@ -363,9 +342,6 @@ OPERATORS(REWRITE_NAMESPACE) {
     m.def("dropout.out" DROPOUT OUT);
     m.def("low_rank_gradients(Tensor dy, Tensor h, Tensor B, float scale) -> (Tensor, Tensor)");
     m.def("column_sums(Tensor a, Tensor b) -> Tensor");
-    m.def(
-        "scaled_low_rank_gradients(Tensor dy, Tensor y, Tensor d, Tensor h, Tensor B, float scale)"
-        " -> (Tensor, Tensor, Tensor, Tensor)");
     m.def("adapted_row_norms(Tensor[] weight, str layout, Tensor A, Tensor B, float scale) -> Tensor");
     m.def("dropped_linear_core(Tensor x, Tensor A, Tensor seed, int[] ranks, float[] p) -> Tensor");
     m.def(
@@ -382,7 +358,6 @@ KERNELS(REWRITE_NAMESPACE) {
     m.impl("dropout.out", dropout_out);
     m.impl("low_rank_gradients", low_rank_gradients);
     m.impl("column_sums", static_cast<Tensor (*)(const Tensor&, const Tensor&)>(column_sums));
-    m.impl("scaled_low_rank_gradients", scaled_low_rank_gradients);
     m.impl("adapted_row_norms", adapted_row_norms);
     m.impl("dropped_linear_core", dropped_linear_core);
     m.impl("dropped_linear_gradients", dropped_linear_gradients);

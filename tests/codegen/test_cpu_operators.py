@@ -81,20 +81,6 @@ def test_column_sums(cpu, rows, columns, dtype):
         assert_sum(cpu.column_sums(x, y), each.sum(0), each.abs().sum(0), rows)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "columns", "rank"), SIZES)
-def test_scaled_low_rank_gradients(cpu, rows, columns, rank, dtype):
-    dy, y = numbers(rows, columns, dtype=dtype), numbers(rows, columns, dtype=dtype)
-    d, h, B = (numbers(*s, dtype=dtype) for s in ((columns,), (rows, rank), (columns, rank)))
-    for given, other, low in zip(laid_out(dy), laid_out(y), laid_out(h), strict=True):
-        dz, dd, dh, dB = cpu.scaled_low_rank_gradients(given, other, d, low, B, 0.75)
-        torch.testing.assert_close(dz, dy * d, rtol=0, atol=0)
-        each = dy.double() * y.double()
-        assert_sum(dd, each.sum(0), each.abs().sum(0), rows)
-        assert_sum(dh, 0.75 * product(dz, B)[0], product(dz, B)[1], columns)
-        assert_sum(dB, 0.75 * product(dz.t(), h)[0], product(dz.t(), h)[1], rows)
-
-
 @pytest.mark.parametrize(("rows", "columns", "rank"), SIZES)
 def test_adapted_row_norms(cpu, rows, columns, rank):
     W, A, B = numbers(rows, columns), numbers(rank, columns), numbers(rows, rank)
@@ -201,7 +187,6 @@ def test_eager_operators_come_here(monkeypatch):
         return [
             *branches.low_rank_gradients(dy, h, B, 0.5),
             columns.column_sums(dy, dy),
-            *columns.scaled_low_rank_gradients(dy, dy + 1, B[:, 0], h, B, 0.5),
             branches.sum_of_products([dy], [W]),
             row_norms.adapted_row_norms([W], "dense", A, B, 0.5),
             dropout.dropped(dy, seed[:1], 0.25),
@@ -229,7 +214,7 @@ def test_what_is_not_taken():
     [
         ("lora(r=3)@linear-head", {"sum_of_products into", "low_rank_gradients in C++"}),
         ("lora(r=3, dropout=0.2)@linear-head", {"dropped_linear_core in C++", "low_rank_gradients in C++"}),
-        ("dora(r=3)@linear-head", {"adapted_row_norms in C++", "scaled_low_rank_gradients in C++"}),
+        ("dora(r=3)@linear-head", {"adapted_row_norms in C++", "low_rank_gradients in C++"}),
     ],
 )
 def test_compiled_graphs_call_them(spec, expected, monkeypatch):

@@ -64,38 +64,6 @@ def targets(gm: fx.GraphModule) -> list[str]:
     return [n.target.__name__.removesuffix(".default") for n in gm.graph.nodes if "rewrite" in str(n.target)]
 
 
-def branch(g: Tensor, y: Tensor, d: Tensor, h: Tensor, B: Tensor) -> tuple[Tensor, ...]:
-    """The backward of a scaled layer, as autograd writes it."""
-    scaled = g * d
-    return scaled @ B, (g * y).sum(0), *torch.ops.rewrite.low_rank_gradients(scaled, h, B, 0.5)
-
-
-def test_all_gradients_of_a_scaled_branch_are_one_operator():
-    inputs = [torch.randn(s, dtype=torch.float64) for s in ((7, 5), (7, 5), (5,), (7, 3), (5, 3))]
-    gm = traced(branch, *inputs, symbolic=True)
-    record = columns(gm.graph)
-    assert targets(gm) == ["scaled_low_rank_gradients"]
-    assert len(record.edits) == 2
-    gm.graph.lint()
-    gm.recompile()
-    torch.testing.assert_close(gm(*inputs), branch(*inputs), rtol=1e-13, atol=1e-13)
-
-
-def test_a_result_that_is_read_before_the_operands_are_there_stays_apart():
-    def function(g: Tensor, y: Tensor, d: Tensor, h: Tensor, B: Tensor) -> tuple[Tensor, ...]:
-        scaled = g * d
-        early = scaled @ B
-        return early, (g * y).sum(0), *torch.ops.rewrite.low_rank_gradients(scaled, h + early, B, 0.5)
-
-    inputs = [torch.randn(s, dtype=torch.float64) for s in ((7, 5), (7, 5), (5,), (7, 3), (5, 3))]
-    gm = traced(function, *inputs, symbolic=True)
-    columns(gm.graph)
-    assert sorted(targets(gm)) == ["column_sums", "low_rank_gradients"]
-    gm.graph.lint()
-    gm.recompile()
-    torch.testing.assert_close(gm(*inputs), function(*inputs), rtol=1e-13, atol=1e-13)
-
-
 def test_a_quotient_that_scales_rows_is_computed_once():
     def function(x: Tensor, m: Tensor, n: Tensor) -> tuple[Tensor, ...]:
         return x * (m / n), m / (n + 1), (x / x) * x  # the second scales nothing, the third is no vector
