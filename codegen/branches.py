@@ -94,8 +94,6 @@ def sum_of_products(
     if cpu := operators.serving(*a, *b):
         return cpu.sum_of_products(a, b, dh, A, seed, ranks, p)
     out = a[0].new_empty(a[0].shape[0], b[0].shape[1])
-    if not out.is_cuda:  # narrow ones first, to which wide ones add at no cost
-        a, b = zip(*sorted(zip(a, b, strict=True), key=lambda pair: pair[0].shape[1]), strict=True)
     total = linear.Sum(a, b, [1.0] * len(a), [0] * len(a))
     if out.is_cuda:
         linear.into(out, total)

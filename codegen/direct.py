@@ -78,27 +78,24 @@ def install() -> None:
     from torch._inductor.utils import convert_shape_to_inductor
     from torch._inductor.virtualized import V
 
-    def use(kernel: Any, wrapper: Any) -> None:
-        wrapper.add_import_once(f"from {__name__} import functions as _functions")
-        wrapper.add_import_once("rewrite_functions = _functions()")
-        kernel.python_kernel_name = f"rewrite_functions[{kernel.entry!r}]"
+    class Called(ir.ExternKernel):
+        """A call of one of the `functions`."""
 
-    class Direct(ir.FallbackKernel):
         entry = ""
 
         def codegen(self, wrapper: Any) -> None:
-            use(self, wrapper)
+            wrapper.add_import_once(f"from {__name__} import functions as _functions")
+            wrapper.add_import_once("rewrite_functions = _functions()")
+            self.python_kernel_name = f"rewrite_functions[{self.entry!r}]"
             super().codegen(wrapper)
 
-    class Into(ir.ExternKernelOut):
+    class Direct(Called, ir.FallbackKernel):
+        """The function allocates its results."""
+
+    class Into(Called, ir.ExternKernelOut):
         """The result goes into a buffer of Inductor's; arguments are nested, as those of a fallback."""
 
-        entry = ""
         codegen_args = ir.FallbackKernel.codegen_args  # type: ignore[assignment]
-
-        def codegen(self, wrapper: Any) -> None:
-            use(self, wrapper)
-            super().codegen(wrapper)
 
     def into(entry: str, operator: torch._ops.OpOverload, *args: Any) -> ir.IRNode:
         with V.graph.fake_mode:

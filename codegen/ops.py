@@ -25,8 +25,9 @@ from rewrite.codegen import routes
 from rewrite.codegen.activations import coarse_activation
 from rewrite.codegen.below import define_below
 from rewrite.codegen.costs import register_flops_of_results
+from rewrite.codegen.kernels import linear
 from rewrite.codegen.storage import layout as parse_layout
-from rewrite.codegen.tensors import autocast, autocast_dtype
+from rewrite.codegen.tensors import as_rows, autocast, autocast_dtype
 from rewrite.codegen.workspace import register_workspace
 from rewrite.errors import RewriteError
 
@@ -106,19 +107,9 @@ def _core(x, weight, layout, bias, h, B, scale, start, skip):
     out = x.new_empty(*x.shape[:-1], w.shape[0])
     y = out.view(-1, w.shape[0])
     spans = _kept(skip, w.shape[1]) if skip else [(0, w.shape[1])]
-    terms = [(rows[:, first:last], w[:, first:last], 1.0, 0) for first, last in spans]
-    terms += [(hi.reshape(-1, hi.shape[-1]), *rest) for hi, *rest in zip(h, B, scale, start, strict=True)]
-    # Narrow ones first, of those of all columns: a wide product adds to what is there at no cost, while a narrow one
-    # after it would have to read and write the output once more.
-    terms.sort(key=lambda term: (term[1].shape[0] < y.shape[1], term[0].shape[1]))
-    for number, (a, W, factor, at) in enumerate(terms):
-        if number:
-            part = y if W.shape[0] == y.shape[1] else y[:, at : at + W.shape[0]]
-            part.addmm_(a, W.t(), alpha=factor)
-        elif bias is None and factor == 1.0:
-            torch.mm(a, W.t(), out=y)
-        else:
-            torch.addmm(y if bias is None else bias, a, W.t(), beta=bias is not None, alpha=factor, out=y)
+    a = [*(rows[:, first:last] for first, last in spans), *map(as_rows, h)]
+    b = [*(w[:, first:last].t() for first, last in spans), *(Bi.t() for Bi in B)]
+    linear.Sum(a, b, [1.0] * len(spans) + list(scale), [0] * len(spans) + list(start), bias).accumulated(y)
     return out
 
 

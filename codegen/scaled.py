@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from rewrite.codegen.below import define_below
+from rewrite.codegen.branches import low_rank_gradients
 from rewrite.codegen.costs import register_flops_of_results
 from rewrite.codegen.kernels import gradients, linear
 from rewrite.codegen.kernels.products import TINY
@@ -66,12 +67,12 @@ def _gradients(
     dy: Tensor, out: Tensor, h: Tensor, B: Tensor, scale: float, d: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of y, h, B and d in `scaled_branch`, from its result: dy and out (..., N)."""
-    rows, low, d = as_rows(dy), as_rows(h), divisible(d)
+    rows, d = as_rows(dy), divisible(d)
     wide = wide_dtype(d.dtype)
     dd = (rows.to(wide) * as_rows(out).to(wide)).sum(0) / d
     scaled = rows * d
-    dh, dB = scaled @ B, scaled.t() @ low
-    return scaled.view(dy.shape), (dh * scale).view(h.shape), dB * scale, dd.to(d.dtype)
+    dh, dB = low_rank_gradients(scaled, h, B, scale)
+    return scaled.view(dy.shape), dh, dB, dd.to(d.dtype)
 
 
 def _gradients_cuda(dy, out, h, B, scale, d):

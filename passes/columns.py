@@ -65,12 +65,8 @@ def _is_quotient(node: fx.Node) -> bool:
     """A quotient of vectors on a CPU that multiplies something of more rows."""
     if node.target is not aten.div.Tensor or node.kwargs:
         return False
-    values = [n.meta.get("val") if isinstance(n, fx.Node) else None for n in (node, *node.args)]
-    known = [v for v in values if isinstance(v, torch.Tensor)]
-    if len(known) < 3 or known[0].ndim != 1 or known[0].device.type != "cpu":
-        return False
-    scales = [u for u in node.users if u.target is aten.mul.Tensor and u.meta["val"].ndim > 1]
-    return bool(scales) and all(alike(known[0], v) for v in known[1:])
+    scales = any(u.target is aten.mul.Tensor and u.meta["val"].ndim > 1 for u in node.users)
+    return scales and node.meta["val"].ndim == 1 and _alike_on_cpu(node)
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -80,14 +76,15 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     product = node.args[0]
     if not isinstance(product, fx.Node) or product.target is not aten.mul.Tensor:
         return None
-    a, b = product.args
-    values = [n.meta.get("val") if isinstance(n, fx.Node) else None for n in (product, a, b)]
+    if not _alike_on_cpu(product) or (dims := product.meta["val"].ndim) < 2:
+        return None
+    if {d % dims for d in node.args[1]} != set(range(dims - 1)):  # type: ignore[union-attr]
+        return None
+    return product.args  # type: ignore[return-value]
+
+
+def _alike_on_cpu(node: fx.Node) -> bool:
+    """Whether a node of two operands and they are tensors of one shape and dtype, on a CPU."""
+    values = [n.meta.get("val") if isinstance(n, fx.Node) else None for n in (node, *node.args)]
     known = [v for v in values if isinstance(v, torch.Tensor)]
-    if len(known) < 3 or known[0].ndim < 2 or known[0].device.type != "cpu":
-        return None
-    rows = {d % known[0].ndim for d in node.args[1]}  # type: ignore[union-attr]
-    if rows != set(range(known[0].ndim - 1)) or not all(alike(known[0], v) for v in known[1:]):
-        return None
-    assert isinstance(a, fx.Node)
-    assert isinstance(b, fx.Node)
-    return a, b
+    return len(known) == 3 and known[0].device.type == "cpu" and all(alike(known[0], v) for v in known[1:])

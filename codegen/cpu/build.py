@@ -176,9 +176,10 @@ def _compiler() -> str:
 def _digest(source: Path, command: tuple[str, ...]) -> str:
     # The file of the compiler and its date stand for its version, which would take a process to ask for.
     stamp = os.stat(command[0]).st_mtime_ns
-    text = "\0".join((*command, str(stamp), platform.machine(), torch.__version__))
-    code = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
-    return hashlib.sha256(code + text.encode()).hexdigest()[:16]
+    found = hashlib.sha256("\0".join((*command, str(stamp), platform.machine(), torch.__version__)).encode())
+    for file in (source, *sorted(source.parent.glob("*.h"))):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def _compile(command: tuple[str, ...], source: Path, path: Path) -> None:

@@ -5,23 +5,10 @@
 // is part of.  Everything is of float32; `operators.cpp` has the operators.
 #pragma once
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <type_traits>
 #include <vector>
 
-#if defined(__AVX512F__) && defined(__AVX512BW__)
-#define NARROW_AVX512
-#elif defined(__AVX2__) && defined(__FMA__)
-#define NARROW_AVX2
-#endif
-#if defined(NARROW_AVX512) || defined(NARROW_AVX2)
-#include <immintrin.h>
-#endif
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "vectors.h"
 
 namespace {
 
@@ -37,7 +24,7 @@ constexpr uint64_t M0 = 0xD2511F53, M1 = 0xCD9E8D57;
 constexpr uint32_t W0 = 0x9E3779B9, W1 = 0xBB67AE85;
 constexpr int CHAINS = 4;  // vectors of counters at a time: one alone would wait for its multiplications
 
-#if defined(NARROW_AVX512)
+#if defined(CPU_AVX512)
 typedef __m512i Words;
 constexpr int CALLS = 8;
 inline Words same(uint64_t x) { return _mm512_set1_epi64(x); }
@@ -51,7 +38,7 @@ inline Words joined(Words low, Words high) {  // the lower halves of both, as la
 }
 inline Words firsts(Words a, Words b) { return _mm512_unpacklo_epi64(a, b); }
 inline Words seconds(Words a, Words b) { return _mm512_unpackhi_epi64(a, b); }
-#elif defined(NARROW_AVX2)
+#elif defined(CPU_AVX2)
 typedef __m256i Words;
 constexpr int CALLS = 4;
 inline Words same(uint64_t x) { return _mm256_set1_epi64x(x); }
@@ -154,38 +141,15 @@ void copy_matrix(const void* x, int64_t x_row, void* y, int64_t y_row, int64_t r
 
 // --- products ----------------------------------------------------------------------------------------------------
 
-#if defined(NARROW_AVX512)
-constexpr int LANES = 16;
-#elif defined(NARROW_AVX2)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
 constexpr int ROWS = 8;  // of a block: rows a power of two apart share the sets of the first cache
 
-typedef float Vector __attribute__((vector_size(4 * LANES)));
-typedef float Loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
-inline Vector load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
-inline void store(float* p, Vector v) { *reinterpret_cast<Loose*>(p) = v; }
-
 inline Vector all(float x) {  // not `Vector{} + x`, an addition that no compiler may leave out
-#if defined(NARROW_AVX512)
+#if defined(CPU_AVX512)
     return _mm512_set1_ps(x);
-#elif defined(NARROW_AVX2)
+#elif defined(CPU_AVX2)
     return _mm256_set1_ps(x);
 #else
     return Vector{x, x, x, x};
-#endif
-}
-
-inline Vector fma(Vector a, Vector b, Vector c) {
-#if defined(NARROW_AVX512)
-    return _mm512_fmadd_ps(a, b, c);
-#elif defined(NARROW_AVX2)
-    return _mm256_fmadd_ps(a, b, c);
-#else
-    return a * b + c;
 #endif
 }
 
@@ -213,7 +177,7 @@ struct Branch {
     if ((next) && (n) % 16 == 0) \
         for (int i = 0; i < ROWS; ++i) __builtin_prefetch((next) + i * (row) + (n))
 
-#if defined(NARROW_AVX512)
+#if defined(CPU_AVX512)
 constexpr int GROUP = 2;  // vectors of ranks that an element of X meets at a time
 #else
 constexpr int GROUP = 1;
@@ -384,9 +348,8 @@ void narrow(const float* x, int64_t x_row, int64_t first, int64_t last, int64_t 
                     branches[b].scale * work.sums[i * ranks + at[b] + r];
 }
 
-// Y (+)= the sum over branches of scale * L F', masked, on the rows from `first` to `last`.
-void expand(float* y, int64_t y_row, int64_t first, int64_t last, int64_t columns, const Branch* branches, int count,
-            bool add) {
+// Y = the sum over branches of scale * L F', masked, on the rows from `first` to `last`.
+void expand(float* y, int64_t y_row, int64_t first, int64_t last, int64_t columns, const Branch* branches, int count) {
     int64_t ranks = 0;
     for (int b = 0; b < count; ++b) ranks = std::max(ranks, branches[b].rank);
     std::vector<float> factor(count * ranks * WIDTH, 0);
@@ -402,12 +365,7 @@ void expand(float* y, int64_t y_row, int64_t first, int64_t last, int64_t column
                                                                              r * branches[b].factor_rank];
         for (int64_t i = first; i < last; i += ROWS) {
             const int block = static_cast<int>(std::min<int64_t>(ROWS, last - i));
-            for (int j = 0; j < ROWS; ++j) {
-                if (add && j < block)
-                    std::copy_n(y + (i + j) * y_row + column, width, total + j * WIDTH);
-                else
-                    std::fill_n(total + j * WIDTH, WIDTH, 0.0f);
-            }
+            std::fill_n(total, ROWS * WIDTH, 0.0f);
             for (int b = 0; b < count; ++b) {
                 const Branch& branch = branches[b];
                 for (int j = 0; j < ROWS; ++j)
@@ -438,6 +396,10 @@ void expand(float* y, int64_t y_row, int64_t first, int64_t last, int64_t column
     }
 }
 
+// How many parts the rows are split into, and where one begins.
+int parts_of(int64_t rows, int threads) {
+    return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, rows / ROWS)));
+}
 int64_t share(int64_t rows, int64_t part, int64_t parts) { return padded(rows, ROWS) / ROWS * part / parts * ROWS; }
 
 // y = x where it is kept, 0 elsewhere: elements of `size` bytes; the strides are of rows, in elements.
@@ -468,7 +430,7 @@ void products(const float* x, int64_t x_row, int64_t rows, int64_t columns, cons
         gradients |= branches[b].gradient != nullptr;
     }
     const int64_t ranks = at.back();
-    const int parts = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, rows / ROWS)));
+    const int parts = parts_of(rows, threads);
     thread_local std::vector<float> sums;  // of the calling thread
     if (gradients && static_cast<int64_t>(sums.size()) < parts * columns * ranks) sums.resize(parts * columns * ranks);
     float* partial = sums.data();
@@ -492,8 +454,8 @@ void products(const float* x, int64_t x_row, int64_t rows, int64_t columns, cons
 
 // out (columns) = the sums over rows of a * b.
 void column_sums(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t rows, int64_t columns,
-                        float* out, int32_t threads) {
-    const int parts = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, rows / ROWS)));
+                 float* out, int32_t threads) {
+    const int parts = parts_of(rows, threads);
     std::vector<float> partial(parts * columns, 0);
 #pragma omp parallel for num_threads(parts) schedule(static)
     for (int part = 0; part < parts; ++part)
@@ -509,13 +471,13 @@ void column_sums(const float* a, int64_t a_row, const float* b, int64_t b_row, i
     }
 }
 
-// y (rows x columns) (+)= the sum over branches of scale * L F', masked where they have a seed.
+// y (rows x columns) = the sum over branches of scale * L F', masked where they have a seed.
 void expand_all(float* y, int64_t y_row, int64_t rows, int64_t columns, const Branch* branches, int32_t count,
-                   int32_t add, int32_t threads) {
+                int32_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int part = 0; part < threads; ++part)
         expand(y, y_row, share(rows, part, threads), std::min(rows, share(rows, part + 1, threads)), columns, branches,
-               count, add);
+               count);
 }
 
 }  // namespace

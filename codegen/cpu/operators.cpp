@@ -10,11 +10,9 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/sum.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <cmath>
-#include <numeric>
 #include <optional>
 #include <tuple>
 
@@ -256,12 +254,12 @@ Tensor dropped_linear_core(const Tensor& x, const Tensor& A, const Tensor& seeds
     return h;
 }
 
-// dx (+)= the sum of dropout(dh_i A_i).
+// dx = the sum of dropout(dh_i A_i).
 void input_gradient(const Tensor& dx, const Tensor& dh, const Tensor& A, const Tensor& seed, IntArrayRef ranks,
-                    at::ArrayRef<double> p, bool add) {
+                    at::ArrayRef<double> p) {
     std::vector<Branch> branches;
     const bool narrow = narrow_serves({&dx, &dh, &A});
-    if (!narrow && !add) dx.zero_();
+    if (!narrow) dx.zero_();
     for_sites(seed, ranks, p, [&](int64_t first, int64_t rank, const int64_t* site, double pi) {
         const Tensor low = dh.narrow(1, first, rank), factor = A.narrow(0, first, rank);
         if (narrow) {
@@ -274,7 +272,7 @@ void input_gradient(const Tensor& dx, const Tensor& dh, const Tensor& A, const T
     });
     if (narrow)
         expand_all(dx.data_ptr<float>(), dx.stride(0), dx.size(0), dx.size(1), branches.data(),
-                   static_cast<int>(branches.size()), add, at::get_num_threads());
+                   static_cast<int>(branches.size()), at::get_num_threads());
 }
 
 std::tuple<Tensor, Tensor> dropped_linear_gradients(const Tensor& given, const Tensor& x, const Tensor& A,
@@ -298,7 +296,7 @@ std::tuple<Tensor, Tensor> dropped_linear_gradients(const Tensor& given, const T
     });
     if (narrow) run(rows, branches);
     Tensor dx = at::empty(input ? x.sizes() : IntArrayRef({0}), x.options());
-    if (input) input_gradient(dx.view(rows.sizes()), dh, A, seed, ranks, p, false);
+    if (input) input_gradient(dx.view(rows.sizes()), dh, A, seed, ranks, p);
     return {dx, dA};
 }
 
@@ -312,7 +310,7 @@ Tensor& sum_of_products_out(TensorList a, TensorList b, const std::optional<Tens
         add_up(out, std::nullopt, std::move(terms));
         return out;
     }
-    input_gradient(out, rows_of(*dh), *A, seed->contiguous(), ranks, p, false);
+    input_gradient(out, rows_of(*dh), *A, seed->contiguous(), ranks, p);
     for (const Term& term : terms) out.addmm_(term.a, term.b);
     return out;
 }

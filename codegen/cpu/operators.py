@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from rewrite.codegen.cpu.build import Build, build, instruction_sets, namespace
+from rewrite.codegen.tensors import is_eager
 
 Tensor = torch.Tensor
 
@@ -39,8 +40,7 @@ def loaded(found: Build | None = None) -> Any:
 
 def serving(*tensors: Tensor) -> Any:
     """The namespace of the operators for tensors that they take; None for others, and where it cannot be had."""
-    plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in tensors)
-    return loaded() if plain and not torch.compiler.is_compiling() else None
+    return loaded() if is_eager(*tensors) and all(t.is_cpu for t in tensors) else None
 
 
 def norms_serve(weight: Sequence[Any], layout: str, A: Any, B: Any) -> bool:

@@ -59,12 +59,19 @@ class Sum:
         kernel.launch(*pairs, *self.others, out, config=None, **kernel.lengths, M=self.M)
 
     def accumulated(self, out: Tensor) -> None:
-        """By cuBLAS: the first product, then each of the others added in place."""
-        if self.bias is None:
-            torch.mm(self.a[0], self.b[0], out=out)
+        """By PyTorch's products: the first, then each of the others added in place."""
+        terms = list(zip(self.a, self.b, self.scale, self.start, strict=True))
+        if out.dtype == torch.float32 and not out.is_cuda:
+            # Narrow ones first, of those of all columns: a wide product adds to what is there at no cost, while a
+            # narrow one after it would read and write the output once more.  Other dtypes are not fast there, and keep
+            # the order of an eager layer, to the bit.
+            terms.sort(key=lambda term: (term[1].shape[1] < self.N, term[0].shape[1]))
+        (a, b, scale, _), *rest = terms
+        if self.bias is None and scale == 1.0:
+            torch.mm(a, b, out=out)
         else:
-            torch.addmm(self.bias, self.a[0], self.b[0], out=out)
-        for a, b, scale, at in zip(self.a[1:], self.b[1:], self.scale[1:], self.start[1:], strict=True):
+            torch.addmm(out if self.bias is None else self.bias, a, b, beta=self.bias is not None, alpha=scale, out=out)
+        for a, b, scale, at in rest:
             part = out if b.shape[1] == self.N else out[:, at : at + b.shape[1]]
             part.addmm_(a, b, alpha=scale)
 
