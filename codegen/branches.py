@@ -29,15 +29,6 @@ _lib.define(
 _lib.define("factor_gradient(Tensor dy, Tensor h) -> Tensor")
 
 
-def add_branches(
-    y: Tensor, h: Sequence[Tensor], B: Sequence[Tensor], scale: Sequence[float], start: Sequence[int]
-) -> None:
-    """`y[:, start : start + len(B)] += scale * h B'` for every branch: y (M, N), h (..., r), B (rows, r)."""
-    for hi, Bi, si, at in zip(h, B, scale, start, strict=True):
-        part = y if Bi.shape[0] == y.shape[1] else y[:, at : at + Bi.shape[0]]
-        part.addmm_(hi.reshape(-1, hi.shape[-1]), Bi.t(), alpha=si)
-
-
 def low_rank_gradients(dy: Tensor, h: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`(scale * dy B, scale * dy' h)`: dy (..., N), h (..., r), B (N, r) -> (..., r), (N, r)."""
     if cpu := operators.serving(dy, h, B):

@@ -33,18 +33,18 @@ _PYTHON: dict[str, Callable[..., Any]] = {
     "adapted_row_norms": row_norms.adapted_row_norms,
 }
 """By the name of the operator, what it is on a CPU."""
-_NEVER = {"linear_input_gradient", "factor_gradient"}  # in C++
-_INTO = {"adapted_linear_core", "sum_of_products", "dropout"}
+_NEVER = {"factor_gradient"}  # in C++
+_INTO = {"adapted_linear_core", "linear_input_gradient", "sum_of_products", "dropout"}
 """Those in C++ that can write into a buffer."""
 
 
 @functools.cache
-def functions() -> dict[str, Callable[..., Any]]:
+def functions(of_nf4: bool = False) -> dict[str, Callable[..., Any]]:
     """What generated sources call: by the name of the operator, `<name> in C++` for calls that C++ takes.
 
-    `<name> into` takes `out=` besides, a buffer for the result.
+    `<name> into` takes `out=` besides, a buffer for the result.  Those for weights in NF4 need more to be compiled.
     """
-    found, table = operators.loaded(), dict(_PYTHON)
+    found, table = operators.loaded_with_nf4() if of_nf4 else operators.loaded(), dict(_PYTHON)
     for name, function in _PYTHON.items():
         if name not in _NEVER:
             table[f"{name} in C++"] = function if found is None else getattr(found, name).default
@@ -63,6 +63,8 @@ def _entry(name: str, args: Sequence[Any]) -> str:
     if name == "adapted_linear_core":
         x, weight, layout, *_, skip = values  # type: ignore[misc]
         takes = operators.product_unsuitable(x, weight, layout, skip) is None
+    elif name == "linear_input_gradient":
+        takes = operators.input_gradient_unsuitable(values[2]) is None  # type: ignore[arg-type]
     elif name == "adapted_row_norms":
         weight, layout, A, B, _ = values  # type: ignore[misc]
         takes = operators.norms_serve(weight, layout, A, B)
@@ -81,12 +83,13 @@ def install() -> None:
     class Called(ir.ExternKernel):
         """A call of one of the `functions`."""
 
-        entry = ""
+        entry, of_nf4 = "", False
 
         def codegen(self, wrapper: Any) -> None:
+            table = "rewrite_functions_of_nf4" if self.of_nf4 else "rewrite_functions"
             wrapper.add_import_once(f"from {__name__} import functions as _functions")
-            wrapper.add_import_once("rewrite_functions = _functions()")
-            self.python_kernel_name = f"rewrite_functions[{self.entry!r}]"
+            wrapper.add_import_once(f"{table} = _functions(of_nf4={self.of_nf4})")
+            self.python_kernel_name = f"{table}[{self.entry!r}]"
             super().codegen(wrapper)
 
     class Direct(Called, ir.FallbackKernel):
@@ -97,6 +100,9 @@ def install() -> None:
 
         codegen_args = ir.FallbackKernel.codegen_args  # type: ignore[assignment]
 
+    def of_nf4(args: Sequence[Any]) -> bool:
+        return any(isinstance(value, str) and operators.stores_nf4(value) for value in args)
+
     def into(entry: str, operator: torch._ops.OpOverload, *args: Any) -> ir.IRNode:
         with V.graph.fake_mode:
             result, tensors, others, unflatten, _ = ir.FallbackKernel.process_kernel(operator, *args)
@@ -104,6 +110,7 @@ def install() -> None:
         layout = ir.FixedLayout(result.device, result.dtype, sizes, strides)
         kernel = Into(layout, tensors, others, op_overload=operator)
         kernel.entry, kernel.unflatten_args = entry, unflatten  # type: ignore[attr-defined]
+        kernel.of_nf4 = of_nf4(args)
         return kernel
 
     def lowered(operator: torch._ops.OpOverload, *args: Any) -> Any:
@@ -115,7 +122,7 @@ def install() -> None:
             entry = _entry(operator._schema.name.removeprefix("rewrite::"), node.args)
             if entry.endswith(" into"):
                 return ir.TensorBox.create(into(entry, operator, *args))
-            kernel = type("Direct", (Direct,), {"entry": entry})
+            kernel = type("Direct", (Direct,), {"entry": entry, "of_nf4": of_nf4(args)})
         return tree_map_only(ir.IRNode, ir.TensorBox.create, kernel.create(operator, *args))
 
     for name in _PYTHON:

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 
 from rewrite.codegen.cpu import nf4 as cpu_nf4
-from rewrite.codegen.cpu import nf4_linear as cpu_nf4_linear
 from rewrite.codegen.cpu import operators as cpu_operators
 from rewrite.codegen.kernels import linear, nf4_linear
 
@@ -34,7 +33,7 @@ class Route(Protocol):
         ...
 
 
-ROUTES: dict[str, tuple[Route, ...]] = {"cpu": (cpu_nf4_linear, cpu_operators), "cuda": (nf4_linear, linear)}
+ROUTES: dict[str, tuple[Route, ...]] = {"cpu": (cpu_operators,), "cuda": (nf4_linear, linear)}
 """The routes of each type of device; the first that takes a product computes it."""
 
 

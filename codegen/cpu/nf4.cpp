@@ -1,6 +1,7 @@
 // NF4 weights on a CPU: decoding, and products with few tokens that never form the weight.
 //
-// A plain C interface without PyTorch's headers, so that it builds in about two seconds; `nf4.py` calls it.
+// A plain C interface without PyTorch's headers, so that it builds in about two seconds; `nf4.py` calls it to decode,
+// `nf4_linear.h` to multiply.
 // Compile with -ffp-contract=off: a doubly quantised scale is a product and a sum, rounded one after the other.
 // Threads take their work in small parts, so that they end together on a machine that has other things to do; which
 // thread computes a number does not change it.
@@ -94,16 +95,15 @@ void nf4_decode(const Weight* w, int64_t row, int64_t rows, int64_t column, int6
         decode_tile(*w, row, rows, column, columns, static_cast<uint16_t*>(out), dtype, threads);
 }
 
-// How products of a dtype with few tokens are given x and dy: 0 as float32, 1 as they are, or 2 as they are with the
-// tokens padded to 16 and x as groups of 16 tokens, each (columns / 2, 16 tokens, 2).
+// How products of a dtype with few tokens are given x and dy.
 int32_t nf4_layout([[maybe_unused]] int32_t dtype, [[maybe_unused]] int64_t tokens) {
 #if defined(NF4_TILES)
-    if (dtype == BFLOAT16 && tokens >= Tiles::LEAST) return 2;
+    if (dtype == BFLOAT16 && tokens >= Tiles::LEAST) return GROUPED;
 #endif
 #if defined(NF4_PAIRS)
-    if (dtype == BFLOAT16) return 1;
+    if (dtype == BFLOAT16) return AS_IT_IS;
 #endif
-    return 0;
+    return AS_FLOAT32;
 }
 
 // y (tokens, w.rows) = x W'; x (tokens, w.columns), both padded with zeros, the columns to 32.  Each element is summed
@@ -111,12 +111,12 @@ int32_t nf4_layout([[maybe_unused]] int32_t dtype, [[maybe_unused]] int64_t toke
 void nf4_product(const Weight* w, const void* x, int64_t tokens, float* y, int32_t threads) {
     const int32_t layout = nf4_layout(w->product, tokens);
 #if defined(NF4_TILES)
-    if (layout == 2) return product<Tiles>(*w, x, tokens, y, Tiles::HEIGHT, threads);
+    if (layout == GROUPED) return product<Tiles>(*w, x, tokens, y, Tiles::HEIGHT, threads);
 #endif
 #if defined(NF4_PAIRS)
-    if (layout == 1) return product<Pairs>(*w, x, tokens, y, ROWS, threads);
+    if (layout == AS_IT_IS) return product<Pairs>(*w, x, tokens, y, ROWS, threads);
 #endif
-    if (layout == 0) product<Floats>(*w, x, tokens, y, ROWS, threads);
+    if (layout == AS_FLOAT32) product<Floats>(*w, x, tokens, y, ROWS, threads);
 }
 
 // Columns of a row of `parts`, below.
@@ -130,10 +130,10 @@ void nf4_input_gradient(const Weight* w, const void* dy, int64_t tokens, int64_t
     [[maybe_unused]] const int32_t layout = nf4_layout(w->product, tokens);
     auto sums = gradient_parts<Floats>;
 #if defined(NF4_TILES)
-    if (layout == 2) sums = gradient_parts<Tiles>;
+    if (layout == GROUPED) sums = gradient_parts<Tiles>;
 #endif
 #if defined(NF4_PAIRS)
-    if (layout == 1) sums = gradient_parts<Pairs>;
+    if (layout == AS_IT_IS) sums = gradient_parts<Pairs>;
 #endif
     sums(*w, dy, held, depth, parts, threads);
     const int64_t stride = up(w->columns, TILE), tiles = stride / TILE, count = up(w->rows, depth) / depth;
@@ -146,6 +146,12 @@ void nf4_input_gradient(const Weight* w, const void* dy, int64_t tokens, int64_t
             dx[token * w->columns + k] = total;
         }
     }
+}
+
+// All of them, for operators of PyTorch.
+const Nf4Kernels* nf4_kernels() {
+    static const Nf4Kernels kernels = {nf4_decode, nf4_layout, nf4_product, nf4_gradient_stride, nf4_input_gradient};
+    return &kernels;
 }
 
 }  // extern "C"

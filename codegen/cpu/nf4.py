@@ -1,20 +1,16 @@
-"""NF4 weights on a CPU by C++ kernels (`nf4.cpp`): decoding, and products that do not form the weight.
+"""NF4 weights on a CPU by C++ kernels (`nf4.cpp`): decoding, bit for bit that of `rewrite.codegen.nf4`.
 
-Decoding is bit for bit that of `rewrite.codegen.nf4`.  A product takes the weight as it decodes: rounded to the
-weight's dtype, then to that of x.  With few tokens it is summed in float32, in an order that does not depend on the
-number of threads; with more, pieces of the decoded weight that caches hold go to PyTorch's own product.
+Products are those of the operators in C++ (`operators.py`, `nf4_linear.h`), which are handed the kernels from here.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from rewrite.codegen.cpu.build import Build, build, instruction_sets
 from rewrite.codegen.nf4 import CODE, check_stored
@@ -25,15 +21,10 @@ Tensor = torch.Tensor
 _SOURCE = Path(__file__).with_name("nf4.cpp")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CODE = (ctypes.c_float * 16)(*CODE)
-_LANES, _GROUP, _GROUPED = 32, 16, 2  # what rows, and tokens, are padded to; the layout of `nf4.cpp` that groups them
-_DEPTH = 1024  # rows of the weight in one partial sum of an input gradient
-_PIECE = (
-    1 << 23
-)  # bytes of a weight that are decoded at a time, for which a thread keeps its memory: fresh pages cost more
-_FEW, _FEW_FLOAT32, _FEW_TILES = 16, 48, 64  # tokens up to which the weight is not formed, by how it is multiplied then
+_PIECE = 1 << 23  # bytes of a weight that are decoded at a time for larger products
 
 
-class _Weight(ctypes.Structure):
+class _Weight(ctypes.Structure):  # of `nf4_kernels.h`
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("code", "codes", "absmax", "absmax_codes", "nested_absmax")),
         *((name, ctypes.c_void_p) for name in ("nested_code", "offset")),
@@ -92,93 +83,15 @@ class Packed:
     def decode(self) -> Tensor:
         """The weight in its own dtype, as `rewrite.codegen.nf4.dequantize` gives it."""
         out = torch.empty(self.shape, dtype=self.dtype if self.dtype in _DTYPES else torch.float32)
-        self._decode(self._weight(1, self.numel, out.dtype), (0, 1), (0, self.numel), out)
+        where = (0, 1, 0, self.numel)
+        self.library.nf4_decode(self._weight(), *where, out.data_ptr(), _DTYPES[out.dtype], torch.get_num_threads())
         return out.to(self.dtype)  # float64 is the float32 product, widened
 
-    def product(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """out (M, d_out) = x (M, d_in) W' + bias, for a weight of two dimensions; `out` is contiguous, as x typed."""
-        if x.shape[0] <= self._few(x.dtype):
-            y = self._few_product(x)
-            torch.add(y, bias, out=out) if bias is not None else out.copy_(y)
-            return
-        dtype = _product_dtype(x.dtype)
-        given, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-        for first, last, w in self._pieces(0, dtype, x.dtype):
-            part = out[:, first:last]
-            into = part if dtype == x.dtype else part.new_empty(part.shape, dtype=dtype)
-            if bias is None:
-                torch.mm(given, w.t(), out=into)
-            else:
-                torch.addmm(bias[first:last], given, w.t(), out=into)
-            if into is not part:
-                part.copy_(into)
-
-    def input_gradient(self, dy: Tensor) -> Tensor:
-        """dy (M, d_out) W, (M, d_in), for a weight of two dimensions."""
-        if dy.shape[0] <= self._few(dy.dtype):
-            return self._few_gradient(dy).to(dy.dtype)
-        dtype = _product_dtype(dy.dtype)
-        given, out = dy.to(dtype), dy.new_empty(dy.shape[0], self.shape[1], dtype=dtype)
-        for first, last, w in self._pieces(1, dtype, dy.dtype):  # of columns, so that each sum is rounded once
-            torch.mm(given, w, out=out[:, first:last])
-        return out.to(dy.dtype)
-
-    def _few(self, dtype: torch.dtype) -> int:
-        """Tokens up to which products in `dtype` do not form the weight, measured against forming it; -1: they do."""
-        if dtype not in _DTYPES:
-            return -1
-        if self.library.nf4_layout(_DTYPES[dtype], _FEW_TILES) == _GROUPED:
-            return _FEW_TILES
-        return _FEW_FLOAT32 if _product_dtype(dtype) == torch.float32 else _FEW
-
-    def _few_product(self, x: Tensor) -> Tensor:
-        (rows, columns), tokens = self.shape, x.shape[0]
-        weight, (given, grouped) = self._weight(rows, columns, x.dtype), self._given(x)
-        if grouped:
-            given = given.view(-1, _GROUP, given.shape[1] // 2, 2).transpose(1, 2).contiguous()
-        y = torch.empty(tokens, rows)
-        self.library.nf4_product(weight, given.data_ptr(), tokens, y.data_ptr(), torch.get_num_threads())
-        return y
-
-    def _few_gradient(self, dy: Tensor) -> Tensor:
-        (rows, columns), tokens = self.shape, dy.shape[0]
-        weight, (given, _) = self._weight(rows, columns, dy.dtype), self._given(dy)
-        held, stride = given.shape[0], self.library.nf4_gradient_stride(columns)
-        parts, dx = torch.empty(-(-rows // _DEPTH), held, stride), torch.empty(tokens, columns)
-        sizes, made = (tokens, held, _DEPTH), (parts.data_ptr(), dx.data_ptr())
-        self.library.nf4_input_gradient(weight, given.data_ptr(), *sizes, *made, torch.get_num_threads())
-        return dx
-
-    def _given(self, x: Tensor) -> tuple[Tensor, bool]:
-        """Rows as the kernels take them, padded with zeros, and whether they want 16 of them together."""
-        layout = self.library.nf4_layout(_DTYPES[x.dtype], x.shape[0])
-        x = x if layout else x.float()
-        padding = (0, -x.shape[1] % _LANES, 0, -x.shape[0] % _GROUP if layout == _GROUPED else 0)
-        return (F.pad(x, padding) if any(padding) else x.contiguous()), layout == _GROUPED
-
-    def _pieces(self, dim: int, dtype: torch.dtype, product: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-        """(first, last, the rows or columns from first to last), one after the other in the same memory."""
-        rows, columns = self.shape
-        weight = self._weight(rows, columns, product)
-        count, across = (rows, columns) if dim == 0 else (columns, rows)
-        made = dtype if dtype in _DTYPES else torch.float32
-        step = max(_PIECE // made.itemsize // max(across, 1) // 64, 1) * 64
-        memory = _scratch(min(step, count) * across * made.itemsize).view(made)
-        for first in range(0, count, step):
-            last = min(first + step, count)
-            spans = ((first, last), (0, columns)) if dim == 0 else ((0, rows), (first, last))
-            w = memory[: (last - first) * across].view(*(stop - start for start, stop in spans))
-            self._decode(weight, *spans, w)
-            yield first, last, w.to(dtype)
-
-    def _decode(self, weight: _Weight, rows: tuple[int, int], columns: tuple[int, int], out: Tensor) -> None:
-        where = (rows[0], rows[1] - rows[0], columns[0], columns[1] - columns[0])
-        self.library.nf4_decode(weight, *where, out.data_ptr(), _DTYPES[out.dtype], torch.get_num_threads())
-
-    def _weight(self, rows: int, columns: int, product: torch.dtype) -> _Weight:
+    def _weight(self) -> _Weight:
+        """As one row, which decodes like a weight of any number of dimensions."""
         pointers = (None if t is None else t.data_ptr() for t in self._held)
-        dtypes = (_DTYPES.get(t, 0) for t in (self.dtype, product))
-        return _Weight(ctypes.addressof(_CODE), *pointers, rows, columns, self.blocksize, *dtypes)
+        dtype = _DTYPES.get(self.dtype, 0)
+        return _Weight(ctypes.addressof(_CODE), *pointers, 1, self.numel, self.blocksize, dtype, dtype)
 
 
 def _float32(t: Tensor) -> Tensor:
@@ -187,34 +100,35 @@ def _float32(t: Tensor) -> Tensor:
     return t if t.is_contiguous() else t.contiguous()
 
 
-_threads = threading.local()
-
-
-def _scratch(size: int) -> Tensor:
-    """So many bytes that this thread uses again and again; larger ones than `_PIECE` are not kept."""
-    held: Tensor | None = getattr(_threads, "scratch", None)
-    if held is None or held.numel() < size:
-        held = torch.empty(size, dtype=torch.uint8)
-        if size <= _PIECE:
-            _threads.scratch = held
-    return held[:size]
-
-
 @functools.cache
-def _product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of larger products of such numbers: where the processor has no product in 16 bits, float32."""
-    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
-    if name is None or (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)()):
-        return dtype
-    return torch.float32
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether the processor has products of such numbers, of 16 bits."""
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
+    return torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)()
 
 
 @functools.cache
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     weight, pointer, size, number = ctypes.POINTER(_Weight), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     library.nf4_decode.argtypes = [weight, size, size, size, size, pointer, number, number]
-    library.nf4_product.argtypes = [weight, pointer, size, pointer, number]
-    library.nf4_input_gradient.argtypes = [weight, pointer, size, size, size, pointer, pointer, number]
-    library.nf4_layout.argtypes, library.nf4_layout.restype = [number, size], number
-    library.nf4_gradient_stride.argtypes, library.nf4_gradient_stride.restype = [size], size
+    library.nf4_kernels.argtypes, library.nf4_kernels.restype = [], pointer
     return library
+
+
+class _Handed(ctypes.Structure):  # `Nf4` of `nf4_kernels.h`
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("kernels", "code")),
+        ("piece", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("bfloat16", "float16")),
+    )
+
+
+_handed: list[_Handed] = []  # operators in another thread may be reading any of them
+
+
+def hand_over(library: ctypes.CDLL, to: ctypes.CDLL) -> None:
+    """Have the operators of a library multiply with the kernels of another."""
+    multiplies = map(_multiplies, (torch.bfloat16, torch.float16))
+    given = _Handed(_declared(library).nf4_kernels(), ctypes.addressof(_CODE), _PIECE, *multiplies)
+    _handed.append(given)
+    to.rewrite_take_nf4(ctypes.byref(given))

@@ -129,19 +129,6 @@ struct Table<uint16_t> {
 #endif
 };
 
-struct Weight {  // as `nf4.py` declares it
-    const float* code;            // [16]
-    const uint8_t* codes;         // [ceil(rows * columns / 2)]
-    const float* absmax;          // [ceil(rows * columns / blocksize)], or null where it is doubly quantised:
-    const uint8_t* absmax_codes;  // the same number of codes,
-    const float* nested_absmax;   // one for 256 of them,
-    const float* nested_code;     // [256]
-    const float* offset;          // [1]
-    int64_t rows, columns, blocksize;
-    int32_t dtype;    // that the weight has
-    int32_t product;  // that it is multiplied in
-};
-
 inline float scale_of(const Weight& w, int64_t block) {
     float scale;
     if (w.absmax) {

@@ -17,6 +17,7 @@
 #include <tuple>
 
 #include "narrow.h"
+#include "nf4_linear.h"
 
 namespace {
 
@@ -95,6 +96,12 @@ struct Term {
     int64_t start;
 };
 
+// y += a term, whose columns may be a part of y's.
+void add(const Tensor& y, const Term& term) {
+    Tensor part = term.b.size(1) == y.size(1) ? y : y.narrow(1, term.start, term.b.size(1));
+    part.addmm_(term.a, term.b, 1, term.scale);
+}
+
 // y = bias + the sum of terms.  Narrow ones first, of those of all columns: a wide product adds to what is there at no
 // cost, while a narrow one after it would have to read and write the output once more.
 void add_up(const Tensor& y, const std::optional<Tensor>& bias, std::vector<Term> terms) {
@@ -108,8 +115,7 @@ void add_up(const Tensor& y, const std::optional<Tensor>& bias, std::vector<Term
     bool first = true;
     for (const Term& term : terms) {
         if (!first) {
-            Tensor part = term.b.size(1) == columns ? y : y.narrow(1, term.start, term.b.size(1));
-            part.addmm_(term.a, term.b, 1, term.scale);
+            add(y, term);
         } else if (!bias.has_value() && term.scale == 1.0) {
             Tensor out = y;
             at::mm_out(out, term.a, term.b);
@@ -121,22 +127,40 @@ void add_up(const Tensor& y, const std::optional<Tensor>& bias, std::vector<Term
     }
 }
 
-Tensor& adapted_linear_core_out(const Tensor& x, TensorList weight, c10::string_view,
+Tensor& adapted_linear_core_out(const Tensor& x, TensorList weight, c10::string_view layout,
                                 const std::optional<Tensor>& bias, TensorList h, TensorList B,
-                                at::ArrayRef<double> scale, IntArrayRef start, IntArrayRef, Tensor& out) {
+                                at::ArrayRef<double> scale, IntArrayRef start, IntArrayRef skip, Tensor& out) {
     const Below below;
-    const Tensor& W = weight[0];
-    std::vector<Term> terms{{rows_of(x), W.t(), 1.0, 0}};
+    std::vector<Term> terms;
     for (size_t i = 0; i < h.size(); ++i) terms.push_back({rows_of(h[i]), B[i].t(), scale[i], start[i]});
-    add_up(out.view({-1, W.size(0)}), bias, std::move(terms));
+    if (layout == "dense") {
+        const Tensor& W = weight[0];
+        terms.insert(terms.begin(), {rows_of(x), W.t(), 1.0, 0});
+        add_up(out.view({-1, W.size(0)}), bias, std::move(terms));
+    } else {
+        const Tensor y = out.view({-1, out.size(-1)});
+        PackedWeight::of(weight, layout, x.scalar_type()).product(rows_of(x), bias, y);
+        for (const Term& term : terms) add(y, term);
+    }
     return out;
 }
 
 Tensor adapted_linear_core(const Tensor& x, TensorList weight, c10::string_view layout,
                            const std::optional<Tensor>& bias, TensorList h, TensorList B, at::ArrayRef<double> scale,
                            IntArrayRef start, IntArrayRef skip) {
-    Tensor out = empty_like(x, weight[0].size(0));
+    Tensor out = empty_like(x, layout == "dense" ? weight[0].size(0) : Nf4Layout(layout).rows);
     return adapted_linear_core_out(x, weight, layout, bias, h, B, scale, start, skip, out);
+}
+
+Tensor& linear_input_gradient_out(const Tensor& dy, TensorList weight, c10::string_view layout, Tensor& out) {
+    const Below below;
+    PackedWeight::of(weight, layout, dy.scalar_type()).input_gradient(rows_of(dy), out.view({-1, out.size(-1)}));
+    return out;
+}
+
+Tensor linear_input_gradient(const Tensor& dy, TensorList weight, c10::string_view layout) {
+    Tensor out = empty_like(dy, Nf4Layout(layout).columns);
+    return linear_input_gradient_out(dy, weight, layout, out);
 }
 
 // dh = scale * X B and dB = scale * X' h.
@@ -323,6 +347,9 @@ Tensor sum_of_products(TensorList a, TensorList b, const std::optional<Tensor>& 
 
 }  // namespace
 
+// The kernels for NF4 weights, from `nf4.cpp`.
+extern "C" void rewrite_take_nf4(const Nf4* given) { nf4.store(given, std::memory_order_release); }
+
 #define OPERATORS(name) TORCH_LIBRARY_FRAGMENT(name, m)
 #define KERNELS(name) TORCH_LIBRARY_IMPL(name, CPU, m)
 
@@ -330,10 +357,13 @@ OPERATORS(REWRITE_NAMESPACE) {
 #define CORE \
     "(Tensor x, Tensor[] weight, str layout, Tensor? bias, Tensor[] h, Tensor[] B, float[] scale, int[] start, int[] skip"
 #define SUM "(Tensor[] a, Tensor[] b, Tensor? dh=None, Tensor? A=None, Tensor? seed=None, int[] ranks=[], float[] p=[]"
+#define INPUT_GRADIENT "(Tensor dy, Tensor[] weight, str layout"
 #define DROPOUT "(Tensor x, Tensor seed, float p"
 #define OUT ", *, Tensor(a!) out) -> Tensor(a!)"
     m.def("adapted_linear_core" CORE ") -> Tensor");
     m.def("adapted_linear_core.out" CORE OUT);
+    m.def("linear_input_gradient" INPUT_GRADIENT ") -> Tensor");
+    m.def("linear_input_gradient.out" INPUT_GRADIENT OUT);
     m.def("sum_of_products" SUM ") -> Tensor");
     m.def("sum_of_products.out" SUM OUT);
     m.def("dropout" DROPOUT ") -> Tensor");
@@ -350,6 +380,8 @@ OPERATORS(REWRITE_NAMESPACE) {
 KERNELS(REWRITE_NAMESPACE) {
     m.impl("adapted_linear_core", adapted_linear_core);
     m.impl("adapted_linear_core.out", adapted_linear_core_out);
+    m.impl("linear_input_gradient", linear_input_gradient);
+    m.impl("linear_input_gradient.out", linear_input_gradient_out);
     m.impl("sum_of_products", sum_of_products);
     m.impl("sum_of_products.out", sum_of_products_out);
     m.impl("dropout", dropout);

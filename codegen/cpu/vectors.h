@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "nf4_kernels.h"
+
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define CPU_AVX512
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -52,8 +54,6 @@ inline float sum(Vector v) {
 }
 
 // Rounding
-
-enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 template <class To, class From>
 inline To bits(From from) {

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 import rewrite
-from rewrite.codegen import nf4, storage
-from rewrite.codegen.cpu import build
+from rewrite.codegen import direct, nf4, storage
+from rewrite.codegen.cpu import build, operators
 from rewrite.codegen.cpu import nf4 as cpu_nf4
 from rewrite.errors import RewriteError
 
@@ -39,10 +39,17 @@ pytestmark = pytest.mark.skipif(not compiler(), reason="no C++ compiler")
 
 
 @pytest.fixture(params=BUILDS)
-def kernels(request: pytest.FixtureRequest) -> build.Build:
+def kernels(request: pytest.FixtureRequest) -> Iterator[build.Build]:
+    """Those of one instruction set, with which the operators multiply meanwhile."""
     found = cpu_nf4.kernels(request.param)
     assert found.library() is not None, found.failure
-    return found
+    hand_over(found)
+    yield found
+    hand_over(cpu_nf4.kernels())
+
+
+def hand_over(kernels: build.Build) -> None:
+    cpu_nf4.hand_over(kernels.library(), operators.kernels().library())
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -69,6 +76,29 @@ def reference(parts, shape, dtype, blocksize=64) -> torch.Tensor:
 def packed(parts, shape, dtype, blocksize=64, kernels=None) -> cpu_nf4.Packed:
     assert cpu_nf4.unreadable(parts, kernels) is None
     return cpu_nf4.Packed(parts, shape, dtype, blocksize, kernels)
+
+
+class Layer:
+    """The operators in C++ with one weight."""
+
+    def __init__(self, parts, shape, dtype, blocksize=64) -> None:
+        self.parts, self.layout = list(parts), str(storage.Nf4(shape, dtype, blocksize))
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return self._both("adapted_linear_core", x, self.parts, self.layout, bias, [], [], [], [], [])
+
+    def input_gradient(self, dy: torch.Tensor) -> torch.Tensor:
+        return self._both("linear_input_gradient", dy, self.parts, self.layout)
+
+    @staticmethod
+    def _both(name: str, *args: object) -> torch.Tensor:
+        """What the operator returns, and puts into a buffer."""
+        operator = getattr(operators.loaded(), name)
+        found = operator.default(*args)
+        out = torch.full_like(found, math.nan)
+        assert operator.out(*args, out=out) is out
+        assert torch.equal(bits(out), bits(found))
+        return found
 
 
 # --- decoding ---
@@ -150,16 +180,15 @@ CASES = [((33, 65), 64), ((130, 64), 32), ((65, 1100), 4096), ((70, 34), 32), ((
 @pytest.mark.parametrize(("shape", "blocksize"), CASES)
 def test_products(kernels, shape, blocksize, dtype, tokens):
     parts = stored(shape, blocksize, double_quant=True)
-    weight = packed(parts, shape, dtype, blocksize, kernels)
+    layer = Layer(parts, shape, dtype, blocksize)
     w, bias = reference(parts, shape, dtype, blocksize), torch.randn(shape[0]).to(dtype)
     x, dy = torch.randn(tokens, shape[1]).to(dtype), torch.randn(tokens, shape[0]).to(dtype)
-    out = torch.empty(tokens, shape[0], dtype=dtype)
-    weight.product(x, None, out)
+    out = layer.product(x)
     assert ((out.double() - x.double() @ w.double().t()).abs() <= bound(x, w.t(), dtype)).all()
-    weight.product(x, bias, out)
+    out = layer.product(x, bias)
     expected = x.double() @ w.double().t() + bias.double()
     assert ((out.double() - expected).abs() <= bound(x, w.t(), dtype) + EPS[dtype] * (expected.abs() + 1)).all()
-    dx = weight.input_gradient(dy)
+    dx = layer.input_gradient(dy)
     assert dx.shape == x.shape
     assert ((dx.double() - dy.double() @ w.double()).abs() <= bound(dy, w, dtype)).all()
 
@@ -172,53 +201,52 @@ def test_the_weight_is_rounded_as_it_is_decoded(kernels, dtype, tokens):
     parts = stored(shape)
     other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
     w = reference(parts, shape, other).to(dtype)
-    picks = 3 * torch.eye(tokens, 96).to(dtype)
-    out = torch.empty(tokens, 40, dtype=dtype)
-    packed(parts, shape, other, kernels=kernels).product(picks, None, out)
+    layer = Layer(parts, shape, other)
+    out = layer.product(3 * torch.eye(tokens, 96).to(dtype))
     assert torch.equal(out[:96], (3 * w.float().t()[:tokens]).to(dtype))
-    picks = 3 * torch.eye(tokens, 40).to(dtype)
-    dx = packed(parts, shape, other, kernels=kernels).input_gradient(picks)
+    dx = layer.input_gradient(3 * torch.eye(tokens, 40).to(dtype))
     assert torch.equal(dx[:40], (3 * w.float()[:tokens]).to(dtype))
 
 
 @pytest.mark.parametrize("tokens", [3, 100])
 def test_products_without_16_bit_hardware(kernels, monkeypatch, tokens):
-    monkeypatch.setattr(cpu_nf4, "_product_dtype", lambda dtype: torch.float32)
+    monkeypatch.setattr(cpu_nf4, "_multiplies", lambda dtype: False)
+    hand_over(kernels)
     shape, dtype = (65, 130), torch.bfloat16
     parts = stored(shape)
     w, x = reference(parts, shape, dtype), torch.randn(tokens, 130).to(dtype)
-    bias, out = torch.randn(65).to(dtype), torch.empty(tokens, 65, dtype=dtype)
-    packed(parts, shape, dtype, kernels=kernels).product(x, bias, out)
+    bias, layer = torch.randn(65).to(dtype), Layer(parts, shape, dtype)
+    out = layer.product(x, bias)
     expected = x.double() @ w.double().t() + bias.double()
     assert ((out.double() - expected).abs() <= bound(x, w.t(), dtype) + EPS[dtype] * (expected.abs() + 1)).all()
-    dx = packed(parts, shape, dtype, kernels=kernels).input_gradient(out)
+    dx = layer.input_gradient(out)
     assert ((dx.double() - out.double() @ w.double()).abs() <= bound(out, w, dtype)).all()
 
 
 def test_products_by_pieces(kernels, monkeypatch):
     monkeypatch.setattr(cpu_nf4, "_PIECE", 32000)
+    hand_over(kernels)
     shape = (201, 333)
     parts = stored(shape)
     w, x = reference(parts, shape, torch.float64), torch.randn(50, 333)
-    out = torch.empty(50, 201)
-    weight = packed(parts, shape, torch.float32, kernels=kernels)
-    weight.product(x, None, out)
+    layer = Layer(parts, shape, torch.float32)
+    out = layer.product(x)
     assert ((out.double() - x.double() @ w.t()).abs() <= bound(x, w.t(), torch.float32)).all()
-    assert ((weight.input_gradient(out).double() - out.double() @ w).abs() <= bound(out, w, torch.float32)).all()
-    weight = packed(parts, shape, torch.float64, kernels=kernels)
-    out = out.double()
-    weight.product(x.double(), None, out)
+    assert ((layer.input_gradient(out).double() - out.double() @ w).abs() <= bound(out, w, torch.float32)).all()
+    layer = Layer(parts, shape, torch.float64)
+    out = layer.product(x.double())
     torch.testing.assert_close(out, x.double() @ w.t(), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(layer.input_gradient(out), out @ w, rtol=1e-13, atol=1e-13)
 
 
 def test_threads_do_not_share_the_memory_of_pieces(kernels):
     shapes = [(201, 333), (65, 100)]
-    weights = [packed(stored(shape), shape, torch.float64, kernels=kernels) for shape in shapes]
-    decoded = [weight.decode() for weight in weights]
+    layers = [Layer(stored(shape), shape, torch.float64) for shape in shapes]
+    decoded = [reference(stored(shape), shape, torch.float64) for shape in shapes]
 
     def products(i: int) -> bool:
         dy = torch.ones(1, shapes[i][0], dtype=torch.float64)
-        return all(torch.allclose(weights[i].input_gradient(dy), dy @ decoded[i]) for _ in range(300))
+        return all(torch.allclose(layers[i].input_gradient(dy), dy @ decoded[i]) for _ in range(300))
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(products, [0, 1] * 4))
@@ -227,19 +255,31 @@ def test_threads_do_not_share_the_memory_of_pieces(kernels):
 @pytest.mark.parametrize(("dtype", "tokens"), [(torch.float32, 5), (torch.bfloat16, 2), (torch.bfloat16, 5)])
 def test_few_tokens_are_summed_alike_for_any_number_of_threads(kernels, dtype, tokens):
     shape = (2050, 1100)
-    weight = packed(stored(shape), shape, dtype, kernels=kernels)
+    weight, layer = packed(stored(shape), shape, dtype, kernels=kernels), Layer(stored(shape), shape, dtype)
     x, dy = torch.randn(tokens, 1100).to(dtype), torch.randn(tokens, 2050).to(dtype)
     found, threads = [], torch.get_num_threads()
     try:
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
-            out = torch.empty(tokens, 2050, dtype=dtype)
-            weight.product(x, None, out)
-            found.append((out, weight.input_gradient(dy), weight.decode()))
+            found.append((layer.product(x), layer.input_gradient(dy), weight.decode()))
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_rows_apart_and_stored_views(kernels):
+    """Tensors that the kernels do not read as they lie are copied for the call."""
+    shape = (33, 70)
+    codes, small, *nested = stored(shape, double_quant=True)
+    parts = [torch.stack([t, t], dim=1)[:, 0] for t in (codes, small)]
+    parts += [t.double() for t in nested]
+    w = reference((codes, small, *nested), shape, torch.float32)
+    for tokens in (3, 60):
+        x, dy = torch.randn(tokens, 75)[:, 2:72], torch.randn(33, tokens).t()
+        layer = Layer(parts, shape, torch.float32)
+        assert ((layer.product(x).double() - x.double() @ w.double().t()).abs() <= bound(x, w.t(), x.dtype)).all()
+        assert ((layer.input_gradient(dy).double() - dy.double() @ w.double()).abs() <= bound(dy, w, dy.dtype)).all()
 
 
 # --- the operator ---
@@ -272,6 +312,57 @@ def test_the_whole_operator_and_its_gradients(monkeypatch, tokens, dtype, double
         assert (found.shape, found.dtype, found.stride()) == (other.shape, other.dtype, other.stride())
         size = max(float(w.abs().sum()), 1.0)  # both round the same sums
         torch.testing.assert_close(found, other, rtol=4 * EPS[dtype], atol=8 * EPS[dtype] * math.sqrt(size))
+
+
+def test_kernels_are_handed_over_to_the_operators():
+    """Before generated sources, or a route, get the operators; a weight is not read without."""
+    shape = (33, 65)
+    layer, dy = Layer(stored(shape), shape, torch.float32), torch.randn(3, 33)
+    expected = layer.input_gradient(dy)
+    operators.kernels().library().rewrite_take_nf4(None)
+    with pytest.raises(RuntimeError, match="were not handed over"):
+        operators.loaded().linear_input_gradient(dy, layer.parts, layer.layout)
+    operators._hand_over.cache_clear()
+    direct.functions.cache_clear()
+    into = direct.functions(of_nf4=True)["linear_input_gradient into"]
+    found = into(dy, layer.parts, layer.layout, out=torch.empty(3, 65))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tokens", [3, 100])
+def test_operators_without_kernels(monkeypatch, tokens):
+    """A compiler that takes the operators and not the kernels: the reference computes, in compiled graphs too."""
+    shape = (33, 65)
+    layer, x, dy = Layer(stored(shape), shape, torch.float32), torch.randn(tokens, 65), torch.randn(tokens, 33)
+    refusing = build.Build(Path("nf4.cpp"), "portable", failure="no such instructions")
+    monkeypatch.setattr(cpu_nf4, "kernels", lambda target=None: refusing)
+    w = reference(layer.parts, shape, torch.float32)
+    of_layer = layer.parts, layer.layout
+    product = torch.ops.rewrite.adapted_linear_core(x, *of_layer, None, [], [], [], [], [])
+    torch.testing.assert_close(product, x @ w.t(), rtol=0, atol=0)
+    torch.testing.assert_close(torch.ops.rewrite.linear_input_gradient(dy, *of_layer), dy @ w, rtol=0, atol=0)
+    direct.functions.cache_clear()
+    try:
+        table = direct.functions(of_nf4=True)
+    finally:
+        direct.functions.cache_clear()
+    out = table["linear_input_gradient into"](dy, *of_layer, out=torch.empty(tokens, 65))
+    torch.testing.assert_close(out, dy @ w, rtol=0, atol=0)
+
+
+def test_a_weight_of_another_size_is_refused(kernels):
+    layer, x, dy = Layer(stored((5, 70)), (5, 71), torch.float32), torch.ones(3, 71), torch.ones(3, 5)
+    of_layer = layer.parts, layer.layout
+    with pytest.raises(RewriteError, match="355 NF4 weights are 178 elements"):
+        torch.ops.rewrite.adapted_linear_core(x, *of_layer, None, [], [], [], [], [])
+    with pytest.raises(RewriteError, match="355 NF4 weights are 178 elements"):
+        torch.ops.rewrite.linear_input_gradient(dy, *of_layer)
+    for call in (lambda: layer.product(x), lambda: layer.input_gradient(dy)):
+        with pytest.raises(RuntimeError, match="do not store a weight of nf4:float32:64:5x71$"):
+            call()
+    for layout in ("dense", "nf4:bfloat16:64:5", "nf4:bfloat16:64:5x7x10", "nf4:bfloat16:0:5x70"):
+        with pytest.raises(RuntimeError, match=f"not a matrix in NF4: {layout}$"):
+            operators.loaded().linear_input_gradient(x, layer.parts, layout)
 
 
 def test_autocast():
@@ -332,7 +423,10 @@ def test_switched_off(monkeypatch):
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """A cache with nothing in it, and kernels that were not asked for before."""
+    """A cache with nothing in it, and kernels that were not asked for before; operators can only be defined once."""
+    defined = operators.kernels()
+    assert defined.library() is not None
+    monkeypatch.setattr(operators, "kernels", lambda target=None: defined)
     monkeypatch.setenv("REWRITE_CACHE", str(tmp_path))
     build.build.cache_clear()
     yield tmp_path / "cpu"

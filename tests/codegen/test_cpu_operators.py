@@ -203,7 +203,11 @@ def test_eager_operators_come_here(monkeypatch):
 def test_what_is_not_taken():
     x, W = numbers(3, 5), [numbers(4, 5)]
     assert operators.product_unsuitable(x, W, "dense", []) is None
-    assert operators.product_unsuitable(x, W, "nf4", []) == "a stored weight"
+    assert operators.product_unsuitable(x, W, "nf4:float32:64:4x5", []) is None
+    assert operators.product_unsuitable(x, W, "int8:4x5", []) == "a weight that is not stored as NF4"
+    assert operators.input_gradient_unsuitable("nf4:float32:64:4x5") is None
+    assert operators.input_gradient_unsuitable("dense") == "one product of PyTorch"
+    assert operators.input_gradient_unsuitable("int8:4x5") == "a weight that is not stored as NF4"
     assert operators.product_unsuitable(x, W, "dense", [1, 2]) == "columns that are left out"
     assert operators.product_unsuitable(x.double(), W, "dense", []) == "a weight of torch.float32 for torch.float64"
     assert operators.serving(torch.empty(2, device="meta")) is None
@@ -215,13 +219,14 @@ def test_what_is_not_taken():
         ("lora(r=3)@linear-head", {"sum_of_products into", "low_rank_gradients in C++"}),
         ("lora(r=3, dropout=0.2)@linear-head", {"dropped_linear_core in C++", "low_rank_gradients in C++"}),
         ("dora(r=3)@linear-head", {"adapted_row_norms in C++", "low_rank_gradients in C++"}),
+        ("lora(r=3)@linear-head + nf4(linear-head)", {"linear_input_gradient into", "low_rank_gradients in C++"}),
     ],
 )
 def test_compiled_graphs_call_them(spec, expected, monkeypatch):
     """Through Inductor: large results in buffers of the graph, and the numbers of an eager step."""
     called: list[str] = []
-    table = direct.functions()
-    monkeypatch.setattr(direct, "functions", lambda: Recorded(table, called))
+    functions = direct.functions
+    monkeypatch.setattr(direct, "functions", lambda of_nf4: Recorded(functions(of_nf4), called))
     model = build_model("llama", torch.float32, **ONE_LAYER["llama"])
     model = disturb(rewrite.compile(model, spec, dynamic=False))
     found = []
@@ -250,6 +255,7 @@ def test_without_the_library_a_buffer_is_filled_all_the_same(monkeypatch):
     monkeypatch.setenv(build.SWITCH, "0")
     try:
         table = direct.functions()
+        assert table["linear_input_gradient"] is ops.routed_input_gradient
         args = layer(torch.float32, 5)
         out = torch.full((2, 5, 11), float("nan"))
         assert table["adapted_linear_core into"](*args, out=out) is out
