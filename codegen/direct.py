@@ -27,6 +27,8 @@ _PYTHON: dict[str, Callable[..., Any]] = {
     "sum_of_products": branches.sum_of_products,
     "factor_gradient": branches.factor_gradient,
     "column_sums": columns.column_sums,
+    "scaled_sums": columns.scaled_sums,
+    "scaled_sums_": columns.scaled_sums_,
     "dropout": dropout.dropped,
     "dropped_linear_core": dropout.linear,
     "dropped_linear_gradients": dropout.linear_gradients,
@@ -36,6 +38,8 @@ _PYTHON: dict[str, Callable[..., Any]] = {
 _NEVER = {"factor_gradient"}  # in C++
 _INTO = {"adapted_linear_core", "linear_input_gradient", "sum_of_products", "dropout"}
 """Those in C++ that can write into a buffer."""
+_OVER = {"scaled_sums"}
+"""Those whose first result can take the place of their first argument: then they are `<name>_`."""
 
 
 @functools.cache
@@ -71,6 +75,30 @@ def _entry(name: str, args: Sequence[Any]) -> str:
     else:
         takes = name not in _NEVER
     return name if not takes else f"{name} into" if name in _INTO else f"{name} in C++"
+
+
+def is_last_use(value: fx.Node, user: fx.Node) -> bool:
+    """Whether no node after `user` reads a value, or what shares its memory, and it is no input of the graph."""
+    shared, root = {_memory(value)}, value
+    while _is_view(root) and isinstance(given := root.args[0], fx.Node):
+        root = given
+        shared.add(_memory(root))
+    nodes = list(user.graph.nodes)
+    read = {n for n in nodes if n.op in ("placeholder", "get_attr")}
+    read.update(*(node.all_input_nodes for node in nodes[nodes.index(user) + 1 :]))
+    return None not in shared and all(_memory(n) not in shared for n in read)
+
+
+def _is_view(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and (
+        target.is_view or target is torch.ops.aten._unsafe_view.default
+    )
+
+
+def _memory(node: fx.Node) -> int | None:
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
 
 @functools.cache
@@ -115,15 +143,20 @@ def install() -> None:
 
     def lowered(operator: torch._ops.OpOverload, *args: Any) -> Any:
         node = V.graph.current_node
+        name = operator._schema.name.removeprefix("rewrite::")
         fake = node.meta["val"]
         fake = fake[0] if isinstance(fake, (tuple, list)) else fake
         kernel = ir.FallbackKernel
+        over = name in _OVER and isinstance(node.args[0], fx.Node) and is_last_use(node.args[0], node)
+        if over:
+            name, operator = f"{name}_", getattr(torch.ops.rewrite, f"{name}_").default
         if fake.device.type == "cpu" and not V.graph.cpp_wrapper:
-            entry = _entry(operator._schema.name.removeprefix("rewrite::"), node.args)
+            entry = _entry(name, node.args)
             if entry.endswith(" into"):
                 return ir.TensorBox.create(into(entry, operator, *args))
             kernel = type("Direct", (Direct,), {"entry": entry, "of_nf4": of_nf4(args)})
-        return tree_map_only(ir.IRNode, ir.TensorBox.create, kernel.create(operator, *args))
+        found = tree_map_only(ir.IRNode, ir.TensorBox.create, kernel.create(operator, *args))
+        return [args[0], found] if over else found
 
     for name in _PYTHON:
         operator = getattr(torch.ops.rewrite, name).default

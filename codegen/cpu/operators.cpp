@@ -187,31 +187,57 @@ std::tuple<Tensor, Tensor> low_rank_gradients(const Tensor& dy, const Tensor& h,
     return {dh, dB};
 }
 
+// a * b summed over rows, while `scaled` takes a * d if it is wanted; it may be a itself.
+Tensor sums(const Tensor& a, const Tensor& b, const Tensor* d, const Tensor* scaled) {
+    TORCH_CHECK(a.sizes() == b.sizes() && (!d || d->numel() == a.size(-1)), "sums of columns of different matrices");
+    const Tensor x = rows_of(a), y = rows_of(b), out = scaled ? scaled->view(x.sizes()) : x;
+    if (!narrow_serves({&x, &y, &out})) {
+        const auto wide = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+        const Tensor total = at::mul(x.to(wide), y.to(wide)).sum(0).to(a.scalar_type());
+        if (scaled) out.copy_(at::mul(x, *d));
+        return total;
+    }
+    Tensor total = at::empty({x.size(1)}, x.options());
+    const Tensor factor = scaled ? d->contiguous() : total;
+    column_sums(x.const_data_ptr<float>(), x.stride(0), y.const_data_ptr<float>(), y.stride(0), x.size(0), x.size(1),
+                total.data_ptr<float>(), scaled ? factor.const_data_ptr<float>() : nullptr,
+                scaled ? out.data_ptr<float>() : nullptr, out.stride(0), at::get_num_threads());
+    return total;
+}
+
 Tensor column_sums(const Tensor& a, const Tensor& b) {
     const Below below;
-    const Tensor x = rows_of(a), y = rows_of(b);
-    if (!narrow_serves({&x, &y})) {
-        const auto wide = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-        return at::mul(x.to(wide), y.to(wide)).sum(0).to(a.scalar_type());
-    }
-    Tensor out = at::empty({x.size(1)}, x.options());
-    column_sums(x.const_data_ptr<float>(), x.stride(0), y.const_data_ptr<float>(), y.stride(0), x.size(0), x.size(1),
-                out.data_ptr<float>(), at::get_num_threads());
-    return out;
+    return sums(a, b, nullptr, nullptr);
+}
+
+std::tuple<Tensor, Tensor> scaled_sums(const Tensor& a, const Tensor& b, const Tensor& d) {
+    const Below below;
+    const Tensor scaled = at::empty(a.sizes(), a.options());
+    return {scaled, sums(a, b, &d, &scaled)};
+}
+
+Tensor scaled_sums_(const Tensor& a, const Tensor& b, const Tensor& d) {
+    const Below below;
+    const Tensor given = a.is_contiguous() ? a : a.contiguous();
+    const Tensor total = sums(given, b, &d, &given);
+    if (!given.is_same(a)) a.copy_(given);
+    return total;
 }
 
 // `|W + scale * B A|` row by row, of float32; W is read once.
 Tensor adapted_row_norms(TensorList weight, c10::string_view, const Tensor& A, const Tensor& B, double scale) {
     const Below below;
     const Tensor& W = weight[0];
-    Tensor product = at::empty(B.sizes(), B.options()), norms = at::empty({W.size(0)}, W.options());
+    Tensor product = at::empty(B.sizes(), W.options()), norms = at::empty({W.size(0)}, W.options());
     Branch branch = branch_of(A.size(0), 1.0);
     set_factor(branch, A.t());
     set_product(branch, product);
     float* out = norms.data_ptr<float>();
     run(W, {branch}, out);  // |W|^2 there, to begin with
-    Tensor update = at::addmm(product, B, at::mm(A, A.t()), 2, scale).mul_(B).sum(1);
-    return norms.add_(update, scale).clamp_min_(0).sqrt_();
+    const Tensor gram = at::mm(A, A.t()), given = B.stride(1) == 1 ? B : B.contiguous();
+    norms_of_sums(out, product.const_data_ptr<float>(), given.const_data_ptr<float>(), given.stride(0),
+                  gram.const_data_ptr<float>(), A.size(0), static_cast<float>(scale), W.size(0), at::get_num_threads());
+    return norms;
 }
 
 // --- dropout -------------------------------------------------------------------------------------------------------
@@ -370,6 +396,8 @@ OPERATORS(REWRITE_NAMESPACE) {
     m.def("dropout.out" DROPOUT OUT);
     m.def("low_rank_gradients(Tensor dy, Tensor h, Tensor B, float scale) -> (Tensor, Tensor)");
     m.def("column_sums(Tensor a, Tensor b) -> Tensor");
+    m.def("scaled_sums(Tensor a, Tensor b, Tensor d) -> (Tensor, Tensor)");
+    m.def("scaled_sums_(Tensor(a!) a, Tensor b, Tensor d) -> Tensor");
     m.def("adapted_row_norms(Tensor[] weight, str layout, Tensor A, Tensor B, float scale) -> Tensor");
     m.def("dropped_linear_core(Tensor x, Tensor A, Tensor seed, int[] ranks, float[] p) -> Tensor");
     m.def(
@@ -387,6 +415,8 @@ KERNELS(REWRITE_NAMESPACE) {
     m.impl("dropout", dropout);
     m.impl("dropout.out", dropout_out);
     m.impl("low_rank_gradients", low_rank_gradients);
+    m.impl("scaled_sums", scaled_sums);
+    m.impl("scaled_sums_", scaled_sums_);
     m.impl("column_sums", static_cast<Tensor (*)(const Tensor&, const Tensor&)>(column_sums));
     m.impl("adapted_row_norms", adapted_row_norms);
     m.impl("dropped_linear_core", dropped_linear_core);

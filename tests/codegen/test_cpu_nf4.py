@@ -358,7 +358,7 @@ def test_a_weight_of_another_size_is_refused(kernels):
     with pytest.raises(RewriteError, match="355 NF4 weights are 178 elements"):
         torch.ops.rewrite.linear_input_gradient(dy, *of_layer)
     for call in (lambda: layer.product(x), lambda: layer.input_gradient(dy)):
-        with pytest.raises(RuntimeError, match="do not store a weight of nf4:float32:64:5x71$"):
+        with pytest.raises(RuntimeError, match=r"do not store a weight of nf4:float32:64:5x71$"):
             call()
     for layout in ("dense", "nf4:bfloat16:64:5", "nf4:bfloat16:64:5x7x10", "nf4:bfloat16:0:5x70"):
         with pytest.raises(RuntimeError, match=f"not a matrix in NF4: {layout}$"):

@@ -81,12 +81,27 @@ def test_column_sums(cpu, rows, columns, dtype):
         assert_sum(cpu.column_sums(x, y), each.sum(0), each.abs().sum(0), rows)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "columns"), [(0, 3), (1, 1), (7, 19), (40, 513)])
+def test_scaled_sums(cpu, rows, columns, dtype):
+    """In one pass, beside the operand and in its place, whatever its strides are."""
+    a, b, d = numbers(rows, columns, dtype=dtype), numbers(rows, columns, dtype=dtype), numbers(columns, dtype=dtype)
+    each = a.double() * b.double()
+    for x, y in zip(laid_out(a.clone()), laid_out(b), strict=True):
+        scaled, sums = cpu.scaled_sums(x.copy_(a), y, d)
+        assert torch.equal(x, a)
+        over = cpu.scaled_sums_(x, y, d)
+        for found, total in ((scaled, sums), (x, over)):
+            assert torch.equal(found, a * d)
+            assert_sum(total, each.sum(0), each.abs().sum(0), rows)
+
+
 @pytest.mark.parametrize(("rows", "columns", "rank"), SIZES)
 def test_adapted_row_norms(cpu, rows, columns, rank):
     W, A, B = numbers(rows, columns), numbers(rank, columns), numbers(rows, rank)
     expected = (W.double() + 0.75 * B.double() @ A.double()).norm(dim=1)
-    for weight in laid_out(W)[:2]:
-        found = cpu.adapted_row_norms([weight], "dense", A, B, 0.75)
+    for weight, factor in zip(laid_out(W)[:2], laid_out(B), strict=False):
+        found = cpu.adapted_row_norms([weight], "dense", A, factor, 0.75)
         torch.testing.assert_close(found.double(), expected, rtol=3e-6, atol=1e-6)
 
 
@@ -187,6 +202,8 @@ def test_eager_operators_come_here(monkeypatch):
         return [
             *branches.low_rank_gradients(dy, h, B, 0.5),
             columns.column_sums(dy, dy),
+            *columns.scaled_sums(dy, dy, W[:, 0]),
+            columns.scaled_sums_(dy.clone(), dy, W[:, 0]),
             branches.sum_of_products([dy], [W]),
             row_norms.adapted_row_norms([W], "dense", A, B, 0.5),
             dropout.dropped(dy, seed[:1], 0.25),
@@ -218,7 +235,7 @@ def test_what_is_not_taken():
     [
         ("lora(r=3)@linear-head", {"sum_of_products into", "low_rank_gradients in C++"}),
         ("lora(r=3, dropout=0.2)@linear-head", {"dropped_linear_core in C++", "low_rank_gradients in C++"}),
-        ("dora(r=3)@linear-head", {"adapted_row_norms in C++", "low_rank_gradients in C++"}),
+        ("dora(r=3)@linear-head", {"adapted_row_norms in C++", "low_rank_gradients in C++", "scaled_sums_ in C++"}),
         ("lora(r=3)@linear-head + nf4(linear-head)", {"linear_input_gradient into", "low_rank_gradients in C++"}),
     ],
 )

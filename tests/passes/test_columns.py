@@ -64,6 +64,73 @@ def targets(gm: fx.GraphModule) -> list[str]:
     return [n.target.__name__.removesuffix(".default") for n in gm.graph.nodes if "rewrite" in str(n.target)]
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_what_scales_the_same_gradient_is_computed_with_the_sum(swapped):
+    """Whichever comes first, of two or three dimensions."""
+
+    def function(g: Tensor, x: Tensor, d: Tensor) -> tuple[Tensor, ...]:
+        if swapped:
+            total = (x * g).sum((0, 1))
+            return d * g, total + 1
+        scaled = (g * d).sin()
+        return scaled, (g * x).sum((0, 1))
+
+    inputs = [torch.randn(s, dtype=torch.float64) for s in ((2, 3, 5), (2, 3, 5), (5,))]
+    gm = traced(function, *inputs, symbolic=True)
+    (edit,) = columns(gm.graph).edits
+    assert targets(gm) == ["scaled_sums"]
+    assert "scaled_sums(a, b, d)" in edit.equation
+    gm.graph.lint()
+    gm.recompile()
+    torch.testing.assert_close(gm(*inputs), function(*inputs), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda g, x, d: (g * d, (g * x).sum(0), g + 1),  # something else reads it
+        lambda g, x, d: ((g * d).sin(), (g * (g * d)).sum(0)),  # the sum is of the scaled one
+        lambda g, x, d: (g * d[:1], (g * x).sum(0)),  # no scale of columns
+        lambda g, x, d: (g * d[None], (g * x).sum(0)),
+    ],
+)
+def test_a_gradient_that_is_scaled_apart(function):
+    inputs = [torch.randn(s, dtype=torch.float64) for s in ((6, 5), (6, 5), (5,))]
+    gm = traced(function, *inputs, symbolic=True)
+    columns(gm.graph)
+    assert targets(gm) == ["column_sums"]
+    gm.recompile()
+    torch.testing.assert_close(gm(*inputs), function(*inputs), rtol=1e-14, atol=1e-14)
+
+
+CALLED = torch.ops.rewrite.scaled_sums
+PLACED = {
+    "its last use": (lambda g, x, d: CALLED(g.sin(), x, d), True),
+    "a view of a product": (lambda g, x, d: CALLED((g @ x.t() @ x).view(2, 3, 40), x.view(2, 3, 40), d), True),
+    "an input": (lambda g, x, d: CALLED(g, x, d), False),
+    "a view of an input": (lambda g, x, d: CALLED(g.view(3, 2, 40), x.view(3, 2, 40), d), False),
+    "a result": (lambda g, x, d: (h := g.sin(), *CALLED(h, x, d)), False),
+    "read later": (lambda g, x, d: ((h := g @ x.t() @ x), *CALLED(h, x, d), h.t() @ h)[1:], False),
+    "a view read later": (lambda g, x, d: ((h := g @ x.t() @ x).t(), *CALLED(h, x, d), h.t() @ x)[1:], False),
+    "read before": (lambda g, x, d: CALLED(h := g.sin(), x @ (h.t() @ x), d), True),
+}
+
+
+@pytest.mark.parametrize("case", PLACED)
+def test_a_gradient_is_scaled_in_place_where_nothing_else_reads_it(case):
+    from torch._inductor.utils import run_and_get_code
+
+    from rewrite.codegen import direct
+
+    direct.install()
+    function, over = PLACED[case]
+    inputs = torch.randn(6, 40), torch.randn(6, 40), torch.randn(40)
+    found, (source,) = run_and_get_code(torch.compile(function, dynamic=False), *(t.clone() for t in inputs))
+    torch.testing.assert_close(found, function(*inputs))
+    assert ("['scaled_sums_ in C++']" in source) == over
+    assert ("['scaled_sums in C++']" in source) != over
+
+
 def test_a_quotient_that_scales_rows_is_computed_once():
     def function(x: Tensor, m: Tensor, n: Tensor) -> tuple[Tensor, ...]:
         return x * (m / n), m / (n + 1), (x / x) * x  # the second scales nothing, the third is no vector
