@@ -10,7 +10,7 @@ the schedule of both halves for the memory that they take.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any, TypeVar
@@ -28,6 +28,11 @@ from rewrite.passes.keep import Budgeted, Encoded, Recomputed
 from rewrite.passes.peak import peaks
 from rewrite.passes.record import GraphRecord, PassRecord
 
+CUT: Mapping[str, Any] = {"ban_recompute_materialized_backward": False}
+"""Settings of PyTorch's partitioner, which by itself keeps what a product in the backward reads: outputs of norms,
+gated products.  Computed again from what is kept anyhow, in kernels that read it anyhow, they cost no time that could
+be measured, and were a quarter to a third of what a Llama under LoRA kept."""
+
 _R = TypeVar("_R", bound=keep.Rule)
 
 
@@ -35,9 +40,13 @@ class Partitioner(CustomPartitionerFn):
     """`pin_static` and `accumulate`, PyTorch's min-cut partition, then `columns`; `record.counts` is what it found."""
 
     def __init__(
-        self, record: GraphRecord, thorough: bool = False, decompositions: encode.Decompositions | None = None
+        self,
+        record: GraphRecord,
+        thorough: bool = False,
+        decompositions: encode.Decompositions | None = None,
+        cut: Mapping[str, Any] = CUT,
     ) -> None:
-        self.record, self.thorough, self.decompositions = record, thorough, decompositions
+        self.record, self.thorough, self.decompositions, self.cut = record, thorough, decompositions, cut
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -54,7 +63,10 @@ class Partitioner(CustomPartitionerFn):
         kwargs.setdefault("compiler", "inductor")
         names = {n.name for n in (*frozen, *trained)}
         budgets = [rule.fraction for rule in self._rules(Budgeted)]
-        with _bounded(min(budgets), names) if budgets else nullcontext():
+        cut = (
+            {} if self._rules(Encoded) else dict(self.cut)
+        )  # a copy in fewer bits is of what a product reads, as in eager
+        with config.patch(cut), _bounded(min(budgets), names) if budgets else nullcontext():
             forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
         if self._rules(Encoded):
             args = forward, backward, outputs, self.record.rules, self.record, names, self.decompositions
@@ -102,7 +114,7 @@ class Partitioner(CustomPartitionerFn):
     def uuid(self) -> Any:
         """Identifies this partitioner in Inductor's caches: the files that decide what it does."""
         files = (part.__file__ for part in (accumulate, codecs, columns, counting, encode, keep, pin_static, recompute))
-        return get_hash_for_files((__file__, *files), repr(self.record.rules))
+        return get_hash_for_files((__file__, *files), repr((self.record.rules, self.cut)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """As what identifies it: PyTorch 2.11 pickles all of Inductor's settings for the key of its cache."""

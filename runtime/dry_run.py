@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from rewrite.passes.partition import Partitioner
+from rewrite.passes.partition import CUT, Partitioner
 from rewrite.passes.record import GraphRecord
 from rewrite.runtime.attach import attachment
 from rewrite.runtime.backend import lowered
@@ -47,9 +47,7 @@ def dry_run(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
     """
     mode, records = FakeTensorMode(allow_non_fake_inputs=True), list[GraphRecord]()
     faked, batch = _faked(without_numbers(model), mode), _faked_batch(args, kwargs, mode)
-    call = torch.compile(
-        entry_of(faked), backend=_counting(records, True if attachment(model) else None), dynamic=False
-    )
+    call = torch.compile(entry_of(faked), backend=_counting(records, attachment(model) is not None), dynamic=False)
     with torch._dynamo.config.patch(settings()), torch.enable_grad(), mode:
         call(faked, *batch[0], **batch[1])
     return records
@@ -77,7 +75,9 @@ def eager_bytes(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str,
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def _counting(records: list[GraphRecord], chunked_loss: bool | None) -> Callable[..., Any]:
+def _counting(records: list[GraphRecord], attached: bool) -> Callable[..., Any]:
+    """A backend that counts; a model with nothing attached is counted as PyTorch compiles it."""
+
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         # Imported here: Inductor takes a second to load, and `import rewrite` should not.
         from torch._dynamo.backends.debugging import boxed_nop
@@ -86,13 +86,14 @@ def _counting(records: list[GraphRecord], chunked_loss: bool | None) -> Callable
         from torch._inductor.decomposition import select_decomp_table
 
         record = GraphRecord(title=f"step_{len(records)}", training=True)
-        gm, finish = lowered(gm, record, chunked_loss)
+        gm, finish = lowered(gm, record, True if attached else None)
         records.append(record)
 
         def inner(gm: fx.GraphModule, inputs: list[Any], **_: Any) -> Any:
             return boxed_nop(gm, inputs)
 
-        partitioner = Partitioner(record, thorough=True, decompositions=select_decomp_table())
+        cut = CUT if attached else {}
+        partitioner = Partitioner(record, thorough=True, decompositions=select_decomp_table(), cut=cut)
         with config.patch(custom_partitioner_fn=partitioner, fx_graph_cache=False):
             return finish(compile_fx(gm, inputs, inner_compile=inner))  # type: ignore[arg-type]
 

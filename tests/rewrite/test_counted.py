@@ -49,16 +49,16 @@ def total(held: Sequence[Held], saved: float) -> float:
 
 
 LIMITS = {
-    "lora(r=8)@attn.q,v": (1.58, 13.5),
-    "lora(r=8)@attn.q,v + nf4(base)": (1.58, 13.5),
-    "lora(r=32)@linear-head": (2.05, None),
-    "s2ft(heads=2, channels=220)": (1.46, 13.55),
-    "neuroada(k=1)@linear-head": (2.05, 13.5),
-    "ladder(reduction=16)@blocks": (0.30, 7.1),
-    "qst(reduction=16, r=16)@blocks": (0.30, None),
-    "qst(reduction=16, r=16, down=pool)@blocks": (0.20, None),
+    "lora(r=8)@attn.q,v": (1.46, 13.5),
+    "lora(r=8)@attn.q,v + nf4(base)": (1.46, 13.5),
+    "lora(r=32)@linear-head": (1.47, None),
+    "s2ft(heads=2, channels=220)": (1.44, 13.55),
+    "neuroada(k=1)@linear-head": (1.46, 13.5),
+    "ladder(reduction=16)@blocks": (0.25, 7.1),
+    "qst(reduction=16, r=16)@blocks": (0.26, None),
+    "qst(reduction=16, r=16, down=pool)@blocks": (0.12, None),
     "lora(r=8)@attn.q,v + save(fp8)": (0.85, 13.5),
-    "lora(r=8)@attn.q[-16:],attn.v[-16:]": (0.81, None),
+    "lora(r=8)@attn.q[-16:],attn.v[-16:]": (0.74, None),
 }
 """Spec -> most GiB saved for the backward by the min-cut partition, most TFLOP of forward and backward."""
 
