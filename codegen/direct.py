@@ -90,10 +90,8 @@ def is_last_use(value: fx.Node, user: fx.Node) -> bool:
 
 
 def _is_view(node: fx.Node) -> bool:
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and (
-        target.is_view or target is torch.ops.aten._unsafe_view.default
-    )
+    shares = torch.ops.aten._unsafe_view.default  # and does not say so
+    return isinstance(node.target, torch._ops.OpOverload) and (node.target.is_view or node.target is shares)
 
 
 def _memory(node: fx.Node) -> int | None:

@@ -63,9 +63,8 @@ class Partitioner(CustomPartitionerFn):
         kwargs.setdefault("compiler", "inductor")
         names = {n.name for n in (*frozen, *trained)}
         budgets = [rule.fraction for rule in self._rules(Budgeted)]
-        cut = (
-            {} if self._rules(Encoded) else dict(self.cut)
-        )  # a copy in fewer bits is of what a product reads, as in eager
+        # A copy in fewer bits is of what a product reads, as in eager.
+        cut = {} if self._rules(Encoded) else dict(self.cut)
         with config.patch(cut), _bounded(min(budgets), names) if budgets else nullcontext():
             forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
         if self._rules(Encoded):
