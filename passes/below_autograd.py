@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from rewrite.codegen import below, direct
+from rewrite.codegen import below, direct, lowering
 
 
 class BelowAutograd(CustomGraphPass):
@@ -31,4 +31,4 @@ class BelowAutograd(CustomGraphPass):
         other = getattr(self.then, "uuid", lambda: None)()
         if self.then is not None and other is None:
             return None
-        return get_hash_for_files((__file__, direct.__file__), repr(other))
+        return get_hash_for_files((__file__, direct.__file__, lowering.__file__), repr(other))

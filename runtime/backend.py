@@ -14,7 +14,6 @@ import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
-from rewrite.codegen import direct
 from rewrite.codegen.kernels import tune
 from rewrite.errors import RewriteError
 from rewrite.passes import deferred, pipeline
@@ -128,6 +127,7 @@ def _inductor(
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
 
+    from rewrite.codegen import lowering
     from rewrite.passes.below_autograd import BelowAutograd
 
     patches: dict[str, Any] = {**(list_mode_options(mode) if mode else {}), **options}
@@ -137,6 +137,6 @@ def _inductor(
         patches["post_grad_custom_pre_pass"] = BelowAutograd(asked)
     if patches.get("max_autotune", config.max_autotune):
         tune.ask()
-    direct.install()
+    lowering.install()
     # As an argument, not around the call: a backward graph with symbolic sizes is compiled when it first runs.
     return compile_fx(gm, inputs, config_patches=patches)  # type: ignore[arg-type]

@@ -334,7 +334,7 @@ void column_sums(const float* a, int64_t a_row, const float* b, int64_t b_row, i
             const float* first = a + row * a_row;
             const float* second = b + row * b_row;
             float* sum = &partial[part * columns];
-            float* scaled = y + row * y_row;
+            float* scaled = scale ? y + row * y_row : nullptr;
             int64_t n = 0;
             for (; n + LANES <= columns; n += LANES) {
                 const Vector value = load(first + n);

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 import rewrite
-from rewrite.codegen import direct
+from rewrite.codegen import lowering
 from rewrite.passes.columns import columns
 from rewrite.runtime.captures import records_of
 from tests.models import assert_same, batch, build, disturb, step
@@ -123,14 +123,14 @@ def test_what_else_reads_a_gradient_or_its_memory(case):
     inputs = torch.randn(6, 40), torch.randn(6, 40), torch.randn(40)
     gm = traced(function, *inputs, symbolic=True)
     (node,) = (n for n in gm.graph.nodes if n.target is CALLED.default)
-    assert direct.is_last_use(node.args[0], node) == over
+    assert lowering.is_last_use(node.args[0], node) == over
 
 
 @pytest.mark.parametrize("case", ["a view of a product", "read later"])
 def test_a_gradient_is_scaled_in_place_where_nothing_else_reads_it(case):
     from torch._inductor.utils import run_and_get_code
 
-    direct.install()
+    lowering.install()
     function, over = PLACED[case]
     inputs = torch.randn(6, 40), torch.randn(6, 40), torch.randn(40)
     found, (source,) = run_and_get_code(torch.compile(function, dynamic=False), *(t.clone() for t in inputs))
@@ -157,7 +157,7 @@ def test_inductor_divides_once_for_all_rows():
     def scaled(x: Tensor, m: Tensor, n: Tensor) -> Tensor:
         return (x * torch.ops.rewrite.quotient(m, n)).sin()
 
-    direct.install()
+    lowering.install()
     x, m, n = torch.randn(6, 40), torch.randn(40), torch.rand(40) + 1
     found, (source,) = run_and_get_code(torch.compile(scaled, dynamic=False), x, m, n)
     torch.testing.assert_close(found, scaled(x, m, n))
