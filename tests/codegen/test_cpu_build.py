@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,15 +36,22 @@ def test_switched_off(monkeypatch):
 
 
 @pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """A cache with nothing in it, and kernels that were not asked for before; operators can only be defined once."""
-    defined = operators.kernels()
-    assert defined.library() is not None
-    monkeypatch.setattr(operators, "kernels", lambda target=None: defined)
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A cache with nothing in it, and kernels that were not asked for before.
+
+    The operators stay those of the process, loaded before anything changes: they can only be defined once.
+    """
+    assert operators.kernels().library() is not None
     monkeypatch.setenv("REWRITE_CACHE", str(tmp_path))
-    build.build.cache_clear()
-    yield tmp_path / "cpu"
-    build.build.cache_clear()
+    monkeypatch.delenv("CXX", raising=False)  # of the machine, or of a library that compiled before
+    forget(monkeypatch)
+    return tmp_path / "cpu"
+
+
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let kernels be as if they had not been asked for."""
+    anew = build.Build(cpu_nf4._SOURCE, build.instruction_sets()[0])
+    monkeypatch.setattr(cpu_nf4, "kernels", lambda target=None: anew)
 
 
 def script(path: Path, text: str) -> Path:
@@ -90,7 +96,7 @@ def test_another_header_or_flag_is_another_library(tmp_path: Path):
 )
 def test_falls_back_and_says_why(fresh: Path, monkeypatch, environment, reason):
     expected, _ = model_and_text()
-    build.build.cache_clear()
+    forget(monkeypatch)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     torch.manual_seed(0)
